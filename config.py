@@ -1,0 +1,157 @@
+"""What may be set, and to what? Reads config.yaml, a recipe and the command line into one checked namespace.
+
+config.yaml is the schema: its keys are all the keys there are, its values the defaults, and the brackets
+in its comments (`[float > 0]`, `[a | b]`) the types that every value is held to, its own included.
+"""
+
+import argparse
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+SCHEMA = Path(__file__).with_name("config.yaml")
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around what depends on the user's input: an error there is one line on stderr, and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def read_command_line(description: str) -> SimpleNamespace:
+    """The config that `--config FILE [key.sub=value ...]` describes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="config.yaml, or a recipe of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="come last, one key each")
+    args = parser.parse_intermixed_args()
+    with one_line_errors():
+        return load_config(args.config, args.overrides)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SimpleNamespace:
+    """Defaults from config.yaml, then `path`, then `key.sub=value` overrides.
+
+    Raises ValueError for a key that does not exist, a value of another type, or values that contradict
+    each other.
+    """
+    rules, values = read_rules(), read_yaml(SCHEMA)
+    read = set(re.findall(r"\.(\w+)", SCHEMA.with_name("train_dapo.py").read_text(encoding="utf-8")))
+    for key in values:
+        if key not in rules:
+            raise ValueError(f"config.yaml: key {key} has no [type] in its comment: {nearest(key, rules)}")
+        if key.rpartition(".")[2] not in read:
+            raise ValueError(f"config.yaml: train_dapo.py reads no key {key}: {nearest(key, read)}")
+    for source, given in ((path, read_yaml(path)), ("command line", dict(map(split_override, overrides)))):
+        for key, text in given.items():
+            if key not in rules:
+                raise ValueError(f"{source}: unknown config key {key}: {nearest(key, rules)}")
+            values[key] = text
+    config = SimpleNamespace()
+    for key, text in values.items():
+        section, _, leaf = key.rpartition(".")
+        if section and not hasattr(config, section):
+            setattr(config, section, SimpleNamespace())
+        setattr(getattr(config, section) if section else config, leaf, parse_value(key, text, rules[key]))
+    check_config(config)
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, str]:
+    """The scalars of a config file as text, by dotted key; `parse_value` gives them their types."""
+    try:
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
+                         f"{getattr(error, 'problem', None) or error}") from None
+    if not isinstance(sections, dict):
+        raise ValueError(f"{path}: no `key: value` lines")
+    flat = {}
+    for section, value in sections.items():
+        for key, leaf in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[f"{section}.{key}".rstrip(".")] = leaf
+    return flat
+
+
+def read_rules() -> dict[str, str]:
+    """What the brackets of config.yaml say of each key: `actor.lr` -> `float > 0`."""
+    rules, section = {}, ""
+    for line in SCHEMA.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"( *)(\w+):", line):
+            indented, name = match.groups()
+            section = section if indented else name
+            if rule := re.search(r"# \[(.*?)\]", line):
+                rules[f"{section}.{name}" if indented else name] = rule.group(1)
+    return rules
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """`actor.lr=1e-6` -> (`actor.lr`, `1e-6`)."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"command line: {text!r} is not of the form key.sub=value")
+    return key, value
+
+
+def parse_value(key: str, text: str, rule: str) -> bool | int | float | str:
+    """`text` as what `rule` (`int >= 1`, `bool`, `str`, `a | b`) asks for. Raises ValueError where it is not."""
+    kind, *bounds = rule.split()
+    try:
+        if kind == "str" and isinstance(text, str):
+            return text
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind in ("int", "float"):
+            value = int(text) if kind == "int" else float(text)
+            limits = zip(bounds[::2], map(float, bounds[1::2]), strict=True)
+            if math.isfinite(value) and all(COMPARE[sign](value, limit) for sign, limit in limits):
+                return value
+        elif text in rule.split(" | "):
+            return text
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"config key {key}: {text!r} is not {'one of' if '|' in rule else 'of type'} {rule}")
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """The legal key that `key` was probably meant to be, by its last part first: the section is easily left out."""
+    def last(name: str) -> str:
+        return name.rpartition(".")[2]
+    best = max(sorted(keys), key=lambda k: (difflib.SequenceMatcher(None, last(k), last(key)).ratio(),
+                                            difflib.SequenceMatcher(None, k, key).ratio()))
+    close = difflib.SequenceMatcher(None, last(best), last(key)).ratio() > 0.7
+    return f"did you mean {best}?" if close else "config.yaml lists every key"
+
+
+def check_config(config: SimpleNamespace) -> None:
+    """Raise ValueError where values that are each legal contradict each other."""
+    responses, mini = config.data.train_batch_size * config.rollout.n, config.actor.ppo_mini_batch_size
+    if config.overlong_buffer.enable and config.overlong_buffer.len > config.data.max_response_length:
+        raise ValueError(f"overlong_buffer.len={config.overlong_buffer.len} is longer than data.max_response_length="
+                         f"{config.data.max_response_length}: every response would be penalised; make it smaller")
+    if config.rollout.n < 2:
+        raise ValueError(f"rollout.n={config.rollout.n}: advantages are relative to a group, and the filter compares "
+                         "its members; 2 or more are needed")
+    if responses % mini:
+        divisors = [d for d in range(1, responses + 1) if responses % d == 0]
+        raise ValueError(f"actor.ppo_mini_batch_size={mini} does not divide the {responses} responses of a step "
+                         f"(data.train_batch_size * rollout.n): {min(divisors, key=lambda d: abs(d - mini))} would")
+    most = config.filter_groups.max_num_gen_batches * config.data.gen_batch_size
+    if config.filter_groups.enable and 0 < most < config.data.train_batch_size:
+        raise ValueError(f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never fill "
+                         f"data.train_batch_size={config.data.train_batch_size}: raise one of the two")
+    if 0 < config.actor.clip_ratio_c <= 1:
+        raise ValueError(f"actor.clip_ratio_c={config.actor.clip_ratio_c} must be above 1, or 0 (off)")

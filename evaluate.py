@@ -1,0 +1,81 @@
+"""How good is a policy? avg@k, pass@k and maj@k over a validation set.
+
+As a script, judge any model directory or hub name on the data that a config names:
+`python evaluate.py --config config.yaml model.path=runs/toy/model`
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reward import Score
+from rollout import Response
+from sampling import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a validation set, whole (`metrics`) and for each level of difficulty (`by_level`)."""
+    metrics: dict[str, float]
+    by_level: dict[str, dict[str, float]]
+    examples: list[str]  # what the policy wrote for the first prompt
+    example_prompt: Prompt
+
+
+def majority_is_right(scores: Sequence[Score]) -> float:
+    """Whether the most frequent answer (the first of equals) is right; responses without an answer do not vote."""
+    votes = Counter(score.pred for score in scores if score.pred)
+    if not votes:
+        return 0.0
+    winner = votes.most_common(1)[0][0]
+    return next(score.acc for score in scores if score.pred == winner)
+
+
+def summarise(responses: Sequence[Sequence[Response]], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
+    """avg@k (mean accuracy), pass@k (any of k right), maj@k (the most frequent answer right), mean length in tokens."""
+    k, prompts = len(scores[0]), len(scores)
+    return {
+        f"avg@{k}": sum(score.acc for row in scores for score in row) / (k * prompts),
+        f"pass@{k}": sum(max(score.acc for score in row) for row in scores) / prompts,
+        f"maj@{k}": sum(majority_is_right(row) for row in scores) / prompts,
+        "response_length": sum(len(r.token_ids) for row in responses for r in row) / (k * prompts),
+    }
+
+
+def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
+             scores: Sequence[Sequence[Score]], level_key: str = "") -> Evaluation:
+    """Sum up what was written and how it was judged, for each level of `level_key` where the data have that column."""
+    levels: dict = {}
+    for i, prompt in enumerate(prompts):
+        if level_key in prompt.row:
+            levels.setdefault(prompt.row[level_key], []).append(i)
+    by_level = {f"{level_key} {level}": summarise([responses[i] for i in rows], [scores[i] for i in rows])
+                for level, rows in sorted(levels.items(), key=lambda item: (str(type(item[0])), item[0]))}
+    return Evaluation(summarise(responses, scores), by_level, [r.text for r in responses[0]], prompts[0])
+
+
+def format_table(evaluations: dict[str, Evaluation]) -> str:
+    """A table with a row for each level and a block of columns for each evaluation, under its name."""
+    first = next(iter(evaluations.values()))
+    names = [name.replace("response_length", "length") for name in first.metrics]
+    heads = "".join(f"{name:>8}" for name in names)
+    lines = [" " * 12 + "".join(f"    {title:<{len(heads)}}" for title in evaluations).rstrip(),
+             " " * 12 + "".join(f"    {heads}" for _ in evaluations)]
+    for level in [*first.by_level, "all"]:
+        blocks = [evaluation.by_level.get(level, evaluation.metrics) for evaluation in evaluations.values()]
+        lines.append(f"{level:<12}" + "".join("    " + "".join(
+            f"{value:>8.{1 if name == 'response_length' else 3}f}" for name, value in block.items()) for block in blocks))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Generate, judge and print the table."""
+    from config import read_command_line
+    from train_dapo import set_up, validate  # which imports this module
+    config = read_command_line(__doc__)
+    run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
+    print(format_table({config.model.path: validate(run, prompts)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Which prompts come next, which groups train, and how do they become tensors?
+
+DAPO's dynamic sampling (section 3.2, equation 11) keeps a group only if its responses differ in what
+they achieved, since equal rewards give every one of them the advantage 0. Departure from the paper:
+the test is on any metric, not only on accuracy being neither 0 nor 1.
+
+The prompt stream is endless: epoch after epoch, each in an order of its own. A position in the stream
+is one integer, and identifies a group even where the data repeat a prompt.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from reward import Score
+from rollout import Response
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task. `id` is its row in the data (from 0), `row` all of its columns, for a verifier that wants them."""
+    id: int
+    text: str
+    token_ids: list[int]
+    answer: str
+    row: dict
+
+
+@dataclass(frozen=True)
+class Group:
+    """The n responses to one prompt, judged. All lists have length n.
+
+    `scores` are the verifier's; `rewards` add the overlong penalty; `final_rewards` subtract the KL
+    term from those, where it is on. `position` in the prompt stream is the group's identity.
+    """
+    position: int
+    prompt: Prompt
+    responses: list[Response]
+    scores: list[Score]
+    rewards: list[float]
+    final_rewards: list[float]
+
+    def metric(self, name: str) -> list[float]:
+        """The values that `filter_groups.metric` looks at."""
+        return {"acc": [score.acc for score in self.scores], "score": [score.score for score in self.scores],
+                "seq_reward": self.rewards, "seq_final_reward": self.final_rewards}[name]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, ready to train on. Log-probs are (T,) tensors on the CPU; `trains` is False where it is masked."""
+    prompt_ids: list[int]
+    response_ids: np.ndarray
+    advantage: float
+    trains: bool = True
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def make_rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
+    """Every random draw of a run is a function of the seed, what it is for, and where in the run it is."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *counters])
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------
+
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) for every row of a .jsonl or .parquet file. Raises ValueError with the place of a bad one."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such data file")
+    if path.endswith(".parquet"):
+        from datasets import load_dataset  # takes seconds to import
+        for number, row in enumerate(load_dataset("parquet", data_files=path, split="train"), 1):
+            yield f"{path}: row {number}", row
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{place}: not valid JSON ({error}): mend or delete this line") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{place}: a JSON object is expected, found {type(row).__name__}")
+                yield place, row
+
+
+def make_prompt(place: str, row: dict, index: int, tokenizer, prompt_key: str, answer_key: str,
+                answer_regex: str, prompt_template: str, apply_chat_template: bool) -> Prompt:
+    """One row of the data as a `Prompt`. Raises ValueError, naming `place`, where it lacks something."""
+    for option, key in (("prompt_key", prompt_key), ("answer_key", answer_key)):
+        if key not in row:
+            raise ValueError(f"{place}: no key {key!r} (it has: {', '.join(row)}): set data.{option}")
+    answer = str(row[answer_key])
+    if answer_regex:
+        match = re.search(answer_regex, answer)
+        if not match:
+            raise ValueError(f"{place}: data.answer_regex {answer_regex!r} does not match the answer {answer[-40:]!r}")
+        answer = match.group(1).strip()
+    text = prompt_template.replace("{prompt}", str(row[prompt_key]))
+    if apply_chat_template and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
+    else:
+        token_ids = tokenizer.encode(text)
+    columns = {key: value for key, value in row.items() if key not in ("response", "ground_truth")}
+    return Prompt(index, text, token_ids, answer, columns)
+
+
+def load_prompts(path: str, tokenizer, max_prompt_length: int, overlong_prompts: str = "drop",
+                 max_prompts: int = 0, **how) -> tuple[list[Prompt], int]:
+    """All prompts of a file (the first `max_prompts`, where positive), and how many were dropped or cut.
+
+    `how` goes to `make_prompt`. A prompt of more than `max_prompt_length` tokens is dropped, loses its
+    left end (`truncate_left`), or is an error. Raises ValueError for unusable data.
+    """
+    prompts, overlong = [], 0
+    for index, (place, row) in enumerate(read_rows(path)):
+        prompt = make_prompt(place, row, index, tokenizer, **how)
+        if len(prompt.token_ids) > max_prompt_length:
+            overlong += 1
+            if overlong_prompts == "error":
+                raise ValueError(f"{place}: {len(prompt.token_ids)} tokens, more than data.max_prompt_length="
+                                 f"{max_prompt_length}: raise it, or set data.overlong_prompts")
+            if overlong_prompts == "drop":
+                continue
+            prompt = replace(prompt, token_ids=prompt.token_ids[-max_prompt_length:])
+        prompts.append(prompt)
+        if len(prompts) == max_prompts:
+            break
+    if not prompts and overlong:
+        raise ValueError(f"{path}: all {overlong} prompts are longer than data.max_prompt_length={max_prompt_length}")
+    if not prompts:
+        raise ValueError(f"{path}: no rows")
+    return prompts, overlong
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
+    return make_rng(seed, "prompt order", epoch).permutation(num_prompts)
+
+
+def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
+    """The `count` prompts from `position` of the endless stream, each with its own position."""
+    return [(at, prompts[_epoch_order(len(prompts), seed, at // len(prompts))[at % len(prompts)]])
+            for at in range(position, position + count)]
+
+
+# ---- groups -----------------------------------------------------------------------------------------------------
+
+def is_informative(values: list[float]) -> bool:
+    """Whether a group's metric values differ, by more than rounding noise: only then can it teach anything."""
+    return max(values) - min(values) > 1e-9
+
+
+# ---- mini-batches and micro-batches -----------------------------------------------------------------------------
+
+def mini_batches(num_samples: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Shuffled indices, in as few parts as hold at most `size` each, which differ by at most one in length."""
+    return np.array_split(rng.permutation(num_samples), -(-num_samples // size))
+
+
+def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens, padding included.
+
+    Sorted by length, so that little is padding, and dealt out in turn, so that ranks have alike work. A
+    rank with fewer batches than another gets empty ones: collectives need every rank in every pass.
+    """
+    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
+    shares = [_fill(by_length[r::world], samples, max_tokens) for r in range(world)]
+    most = max(map(len, shares))
+    return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
+
+
+def _fill(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
+    batches, prompt, response = [], 0, 0
+    for i in indices:
+        prompt, response = max(prompt, len(samples[i].prompt_ids)), max(response, len(samples[i].response_ids))
+        if not batches or (len(batches[-1]) + 1) * (prompt + response) > max_tokens:
+            batches.append([])
+            prompt, response = len(samples[i].prompt_ids), len(samples[i].response_ids)
+        batches[-1].append(i)
+    return batches
+
+
+def collate(samples: list[Sample], pad_id: int, device="cpu") -> dict[str, Tensor]:
+    """Tensors for `losses.response_logprobs` and the loss: prompts padded on the left, responses on the right.
+
+    Masks come from lengths, never from token values: the EOS that ended a response is trained, even
+    where padding has the same id. The attention mask covers whole responses, `mask` what trains.
+    """
+    prompts = [torch.tensor(s.prompt_ids) for s in samples]
+    responses = [torch.from_numpy(s.response_ids).long() for s in samples]
+    left = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")  # (B, P)
+    right = pad_sequence(responses, batch_first=True, padding_value=pad_id)  # (B, T)
+    lengths = torch.tensor([[len(p), len(r)] for p, r in zip(prompts, responses, strict=True)])
+    prompt_mask = torch.arange(left.shape[1]) >= left.shape[1] - lengths[:, :1]
+    response_mask = torch.arange(right.shape[1]) < lengths[:, 1:]
+    attention_mask = torch.cat([prompt_mask, response_mask], dim=1).long()
+    batch = {"input_ids": torch.cat([left, right], dim=1), "attention_mask": attention_mask,
+             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0), "responses": right,
+             "mask": response_mask & torch.tensor([[s.trains] for s in samples]),
+             "advantages": torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)}
+    for name in ("old_logprobs", "ref_logprobs"):
+        rows = [getattr(s, name) for s in samples]
+        if all(row is not None for row in rows):
+            batch[name] = pad_sequence(rows, batch_first=True)
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,542 @@
+"""What happens in which order? DAPO's Algorithm 1 (arXiv 2503.14476), and the run around it.
+
+    accelerate launch train_dapo.py --config config.yaml [key.sub=value ...]
+
+`train` is the algorithm; its lines carry the numbers of the paper's. This is the only file that knows
+of devices, ranks and Accelerate. Every process holds all of a step's responses and takes its share of
+each mini-batch, so that all of them decide alike and count the same tokens.
+
+Departure from the paper: where `filter_groups.max_num_gen_batches` is reached before the batch is full,
+a step trains on fewer groups (the paper samples on without a limit).
+"""
+
+import json
+import math
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from config import one_line_errors, read_command_line
+from evaluate import Evaluation, evaluate, format_table
+from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs
+from plot import plot_runs
+from reward import Score, judge, load_verifier, overlong_penalty
+from rollout import Response, generate
+from sampling import (
+    Group,
+    Prompt,
+    Sample,
+    collate,
+    draw_prompts,
+    is_informative,
+    load_prompts,
+    make_rng,
+    micro_batches,
+    mini_batches,
+)
+
+# ---- Algorithm 1 ----------------------------------------------------------------------------------------
+
+def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]]]:
+    """DAPO. Yields, after each step, its metrics and the groups it trained on."""
+    config, filtering, limit = run.config, run.config.filter_groups.enable, run.config.filter_groups.max_num_gen_batches
+    size = config.data.train_batch_size
+    draw_size = config.data.gen_batch_size if filtering else size
+    position = optimizer_steps = skipped = 0
+    for step in range(1, config.total_training_steps + 1):                # 1: for step = 1, ..., M
+        timer, generated, buffer, gen_batches = Timer(), [], [], 0
+        while len(buffer) < size and not (limit and gen_batches == limit):   # 7, 8: too few in the buffer: go on
+            batch = draw_prompts(prompts, position, draw_size, config.seed)  # 2: sample a batch of prompts
+            groups = write_groups(run, batch, step, timer)                # 3-5: old policy, G outputs each, rewards
+            buffer += [group for group in groups if not filtering or      # 6: filter, and add to the buffer
+                       is_informative(group.metric(config.filter_groups.metric))]
+            generated += groups
+            position, gen_batches = position + draw_size, gen_batches + 1
+        trained = groups_to_train(config, step, buffer, generated, gen_batches)
+        skipped = 0 if trained else skipped + 1
+        if skipped > config.filter_groups.max_skipped_steps:
+            raise SystemExit(f"error: {skipped} steps in a row were skipped, the last because: "
+                             + describe(step, buffer, generated, gen_batches))
+        stats = {}
+        if trained:
+            rewards = torch.tensor([group.final_rewards for group in trained], dtype=torch.float64)  # (G, n)
+            advantages = group_advantages(rewards, config.algorithm.norm_adv_by_std_in_grpo)  # 9: advantages
+            samples = make_samples(config, trained, advantages)
+            stats = update(run, samples, step, timer)                     # 10, 11: maximise the objective
+            optimizer_steps += stats.pop("updates")
+        yield {"step": step, "optimizer_steps": optimizer_steps, "prompts_drawn": position, "gen_batches": gen_batches,
+               **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained
+
+
+def groups_to_train(config: SimpleNamespace, step: int, buffer: list[Group], generated: list[Group],
+                    gen_batches: int) -> list[Group]:
+    """The first `train_batch_size` groups of the buffer, in the order of the prompt stream.
+
+    Where there are fewer, `filter_groups.at_limit` decides: those (or none), none, or the end of the run.
+    """
+    size, at_limit = config.data.train_batch_size, config.filter_groups.at_limit
+    if len(buffer) >= size:
+        return buffer[:size]
+    message = describe(step, buffer, generated, gen_batches)
+    if at_limit == "error":
+        raise SystemExit(f"error: {message}")
+    trained = buffer if at_limit == "train" else []
+    tqdm.write(f"{message}. This step {f'trains on {len(trained)} groups' if trained else 'is skipped'}.")
+    return trained
+
+
+def describe(step: int, buffer: list[Group], generated: list[Group], gen_batches: int) -> str:
+    """How a buffer that did not fill came about, and what to do."""
+    right, wrong = (mean(all(acc == value for acc in group.metric("acc")) for group in generated) for value in (1, 0))
+    return (f"step {step} kept {len(buffer)} of {len(generated)} groups after {gen_batches} generation batches; "
+            f"{right:.0%} all-correct, {wrong:.0%} all-wrong: use {'harder' if right > wrong else 'easier'} prompts, "
+            "or raise filter_groups.max_num_gen_batches")
+
+
+def write_groups(run: "Run", batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
+    """Lines 3 to 5: the policy as it now stands writes `rollout.n` responses to each prompt; they are judged."""
+    config = run.config
+    positions, prompts = zip(*batch, strict=True)
+    rollout = config.rollout
+    responses, scores = write_and_judge(run, prompts, positions, f"step {step}", rollout.n, rollout.temperature,
+                                        rollout.top_p, timer)
+    groups = []
+    for row in zip(positions, prompts, responses, scores, strict=True):
+        rewards = [score.score + overlong_shaping(config, response) for response, score in zip(*row[2:], strict=True)]
+        groups.append(Group(*row, rewards=rewards, final_rewards=rewards))
+    if config.algorithm.use_kl_in_reward:
+        with timer("logprobs"):
+            groups = subtract_kl(run, groups)
+    return groups
+
+
+def overlong_shaping(config: SimpleNamespace, response: Response) -> float:
+    """Soft overlong punishment (equation 13), where it is on."""
+    buffer = config.overlong_buffer
+    return overlong_penalty(len(response.token_ids), config.data.max_response_length, buffer.len,
+                            buffer.penalty_factor) if buffer.enable else 0.0
+
+
+def subtract_kl(run: "Run", groups: list[Group]) -> list[Group]:
+    """KL in the reward: kl_coef times the KL to the reference, summed over a response, comes off its reward."""
+    algorithm, n = run.config.algorithm, run.config.rollout.n
+    samples = [Sample(group.prompt.token_ids, r.token_ids, 0.0) for group in groups for r in group.responses]
+    old, ref = logprobs_of(run, run.policy, samples), logprobs_of(run, run.reference, samples)
+    kl = [kl_penalty(o.double(), r.double(), algorithm.kl_penalty).sum().item() for o, r in zip(old, ref, strict=True)]
+    return [replace(group, final_rewards=[reward - algorithm.kl_coef * k for reward, k in
+                                          zip(group.rewards, kl[i * n:(i + 1) * n], strict=True)])
+            for i, group in enumerate(groups)]
+
+
+def make_samples(config: SimpleNamespace, groups: list[Group], advantages: Tensor) -> list[Sample]:
+    """The groups' responses in one flat list, each with its advantage: what mini-batches are drawn from."""
+    masked = {"length"} if config.algorithm.overlong_filtering else set()
+    return [Sample(group.prompt.token_ids, response.token_ids, advantage, response.finish_reason not in masked)
+            for group, row in zip(groups, advantages.tolist(), strict=True)
+            for response, advantage in zip(group.responses, row, strict=True)]
+
+
+def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict[str, float]:
+    """Lines 10 and 11: `ppo_epochs` passes over shuffled mini-batches, an optimizer step each. Returns metrics."""
+    config = run.config
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = config.actor.lr * min(1.0, step / max(1, config.actor.lr_warmup_steps))
+    batches = [indices for epoch in range(config.actor.ppo_epochs) for indices in mini_batches(
+        len(samples), config.actor.ppo_mini_batch_size, make_rng(config.seed, "mini-batches", step, epoch))]
+    with timer("logprobs"):
+        samples = with_logprobs(run, samples, batches)
+    sums, losses, norms = defaultdict(float), [], []
+    with timer("update"):
+        for number, indices in enumerate(batches):
+            mini = [samples[i] if number else replace(samples[i], old_logprobs=None) for i in indices]
+            if not any(sample.trains for sample in mini):  # all truncated, and filtered out
+                continue
+            stats = accumulate_gradients(run, mini)
+            losses.append(stats.pop("loss"))
+            norms.append(float(run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)))
+            if not (math.isfinite(norms[-1]) and math.isfinite(losses[-1])):
+                raise SystemExit(f"error: step {step}, update {len(losses)}: loss {losses[-1]}, gradient norm "
+                                 f"{norms[-1]}; not applied. A lower actor.lr, or model.dtype float32, may help")
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            for name, value in stats.items():
+                sums[name] += value
+    timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
+    return {"updates": len(losses), "actor/lr": parameters["lr"], **actor_metrics(config, sums, losses, norms)}
+
+
+def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Sample]:
+    """The samples with old and reference log-probs, as far as a forward pass is needed for them.
+
+    The first mini-batch meets the very policy that wrote it: its old log-probs are its log-probs, and need
+    no pass of their own until it comes round again.
+    """
+    first = set(batches[0].tolist()) if run.config.actor.ppo_epochs == 1 else set()
+    later = [i for i in range(len(samples)) if i not in first]
+    samples = list(samples)
+    if later:
+        for i, old in zip(later, logprobs_of(run, run.policy, [samples[i] for i in later]), strict=True):
+            samples[i] = replace(samples[i], old_logprobs=old)
+    if run.config.actor.use_kl_loss:
+        samples = [replace(sample, ref_logprobs=ref) for sample, ref in
+                   zip(samples, logprobs_of(run, run.reference, samples), strict=True)]
+    return samples
+
+
+def accumulate_gradients(run: "Run", mini: list[Sample]) -> dict[str, float]:
+    """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics."""
+    config, accelerator = run.config, run.accelerator
+    num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
+    num_seqs = sum(sample.trains for sample in mini)
+    sums = defaultdict(float)
+    micros = micro_batches(mini, config.actor.max_tokens_per_micro_batch, accelerator.process_index,
+                           accelerator.num_processes)
+    for indices in micros:
+        batch = make_batch(run, mini, indices)
+        with nullcontext() if indices is micros[-1] else accelerator.no_sync(run.policy):
+            with accelerator.autocast():
+                loss, stats = micro_batch_loss(config, run.policy, batch, num_tokens, num_seqs)
+            accelerator.backward(loss * accelerator.num_processes)  # since gradients are averaged over them
+        for name, value in stats.items():
+            sums[name] = sums[name] + value
+    totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+    return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens}
+
+
+def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], num_tokens: int,
+                     num_seqs: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the loss: equation 8, negated, and what ablations add. And sums of statistics."""
+    actor, mask = config.actor, batch["mask"]
+    logprobs, entropy = response_logprobs(model, batch, config.rollout.temperature)  # (B, T) each
+    loss, stats = policy_loss(logprobs, batch.get("old_logprobs", logprobs), batch["advantages"], mask,
+                              actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c)
+    stats["entropy"] = entropy.detach()[mask].sum(dtype=torch.float64)
+    if actor.entropy_coeff:
+        loss = loss - actor.entropy_coeff * entropy
+    if actor.use_kl_loss:
+        kl = kl_penalty(logprobs, batch["ref_logprobs"], actor.kl_loss_type)
+        stats["ref_kl"] = kl.detach()[mask].sum(dtype=torch.float64)
+        loss = loss + actor.kl_loss_coef * kl
+    total = aggregate(loss, mask, actor.loss_agg_mode, num_tokens, num_seqs)
+    return total, {"loss": total.detach().double(), **stats}
+
+
+# ---- what the processes share ---------------------------------------------------------------------------
+
+def write_and_judge(run: "Run", prompts, positions, purpose: str, n: int, temperature: float, top_p: float,
+                    timer: "Timer") -> tuple[list[list[Response]], list[list[Score]]]:
+    """`n` responses to each prompt, and their scores, in the prompts' order.
+
+    Each process takes its share of the prompts, and gets the others' results. `purpose` and a prompt's
+    position in the stream determine what is sampled for it.
+    """
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    prompts, positions = prompts[rank::world], positions[rank::world]
+    seeds = [tuple(make_rng(run.config.seed, purpose, at).integers(2**32, size=4).tolist()) for at in positions]
+    with timer("generate"), run.accelerator.autocast():
+        responses = generate(
+            run.accelerator.unwrap_model(run.policy), run.tokenizer, [prompt.token_ids for prompt in prompts], seeds, n,
+            run.config.data.max_response_length, temperature, top_p, run.config.rollout.max_num_seqs)
+    with timer("reward"):
+        scores, failure = judge_all(run.verifier, prompts, responses)
+        results = gather_object([(positions, responses, scores, failure)])
+    if failures := [failure for *_, failure in results if failure]:
+        raise SystemExit(f"error: {purpose}, {failures[0]}")
+    rows = sorted((row for *lists, _ in results for row in zip(*lists, strict=True)), key=lambda row: row[0])
+    timer.tokens["generate"] += sum(len(response.token_ids) for _, group, _ in rows for response in group)
+    return [responses for _, responses, _ in rows], [scores for *_, scores in rows]
+
+
+def judge_all(verifier: Callable, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
+    """A score for every response; and, where the verifier failed, on what and how."""
+    scores = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        scores.append([])
+        for i, response in enumerate(group):
+            try:
+                scores[-1].append(judge(verifier, response.text, prompt.answer, prompt.row))
+            except ValueError as error:
+                return [], (f"prompt {prompt.id} ({prompt.text[-60:]!r}), response {i} ({response.text[-60:]!r}): "
+                            f"{error}")
+    return scores, ""
+
+
+@torch.no_grad()
+def logprobs_of(run: "Run", model: torch.nn.Module, samples: list[Sample]) -> list[Tensor]:
+    """Each response's log-probs (T,) under `model`, on the CPU; the processes share the work."""
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    mine = {}
+    for indices in micro_batches(samples, run.config.actor.max_tokens_per_micro_batch, rank, world):
+        with run.accelerator.autocast():
+            logprobs, _ = response_logprobs(model, make_batch(run, samples, indices), run.config.rollout.temperature)
+        mine |= {i: row[:len(samples[i].response_ids)].clone() for i, row in zip(indices, logprobs.cpu(), strict=False)}
+    everyones = {i: row for part in gather_object([mine]) for i, row in part.items()}
+    return [everyones[i] for i in range(len(samples))]
+
+
+def make_batch(run: "Run", samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
+    """A micro-batch on the device. An empty one is a response that does not train: every rank must take part."""
+    rows = [samples[i] for i in indices] or [replace(samples[0], trains=False)]
+    return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device)
+
+
+# ---- setting up -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run share. `reference` is None where no KL term is on."""
+    config: SimpleNamespace
+    accelerator: Accelerator
+    tokenizer: transformers.PreTrainedTokenizerBase
+    policy: torch.nn.Module
+    reference: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    verifier: Callable
+
+
+def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[list[Prompt]]]:
+    """The run, and the prompts of each of `files`: (path, how many at most or 0). Data first, since it is quick."""
+    on_cpu = not torch.cuda.is_available()
+    with one_line_errors():
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
+                                  log_with=config.log_with or None, project_dir=config.run_dir)
+        if on_cpu:  # the launcher allows one thread
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        set_seed(config.seed)
+        transformers.utils.logging.disable_progress_bar()
+        verifier, tokenizer = load_verifier(config.reward.name), load(AutoTokenizer, config.model.path)
+        prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
+        policy = load_model(config)
+        with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
+        reference = load_model(config).to(accelerator.device).requires_grad_(False) if with_kl else None
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
+    policy, optimizer = accelerator.prepare(policy.train(), optimizer)
+    return Run(config, accelerator, tokenizer, policy, reference, optimizer, verifier), prompts
+
+
+def load(auto_class, path: str, **how):
+    """`auto_class.from_pretrained`, with one line of ValueError where that fails."""
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise ValueError(f"model.path: {path} is neither a directory nor a hub name (owner/name)")
+    try:
+        return auto_class.from_pretrained(path, **how)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model.path: cannot load {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_model(config: SimpleNamespace) -> torch.nn.Module:
+    """The model, without dropout: the policy that is trained must be the one that was sampled from."""
+    architecture = load(AutoConfig, config.model.path)
+    for name, value in architecture.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(architecture, name, 0.0)
+    return load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
+                attn_implementation=config.model.attn_implementation)
+
+
+def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path: str,
+              max_prompts: int) -> list[Prompt]:
+    """The prompts of one file, with a word on those that are too long; none where `path` is empty."""
+    if not path:
+        return []
+    data = config.data
+    prompts, overlong = load_prompts(
+        path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
+        prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
+        prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
+    verb = "cut on the left" if data.overlong_prompts == "truncate_left" else "dropped"
+    accelerator.print(f"{path}: {len(prompts)} prompts" + (
+        f"; {overlong} of more than {data.max_prompt_length} tokens were {verb}" if overlong else ""))
+    return prompts
+
+
+def open_run_dir(config: SimpleNamespace) -> None:
+    """Make the run's directory and write the resolved config there. Raises ValueError where results are there."""
+    run_dir = Path(config.run_dir)
+    if (run_dir / "metrics.jsonl").exists():
+        free = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
+        raise ValueError(f"run_dir: {run_dir} holds an earlier run; name another, for instance run_dir={free}")
+    (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+    resolved = json.loads(json.dumps(config, default=vars))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def save_model(run: Run, name: str) -> None:
+    """Write policy and tokenizer as a transformers directory; aside first, so that a half-written one has no name."""
+    run_dir = Path(run.config.run_dir)
+    if run.accelerator.is_main_process:
+        aside = run_dir / f".{name}.partial"
+        run.accelerator.unwrap_model(run.policy).save_pretrained(aside)
+        run.tokenizer.save_pretrained(aside)
+        aside.rename(run_dir / name)
+
+
+# ---- what a run shows -----------------------------------------------------------------------------------
+
+class Timer:
+    """Seconds and tokens of a step's phases: `with timer("generate"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens, self.start = Counter(), Counter(), time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<phase>` in seconds, `time/step` for all of it, `tokens_per_s/<phase>`."""
+        step = time.perf_counter() - self.start
+        seconds = {phase: self.seconds[phase] for phase in ("generate", "reward", "logprobs", "update")}
+        seconds["other"] = step - sum(seconds.values())
+        return {**{f"time/{phase}": value for phase, value in seconds.items()}, "time/step": step,
+                **{f"tokens_per_s/{phase}": tokens / seconds[phase] for phase, tokens in self.tokens.items()}}
+
+
+def mean(values) -> float:
+    """The mean of some numbers, 0 of none."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[Group], trained: list[Group]) -> dict:
+    """What was written in a step, before the filter and after."""
+    responses = [response for group in generated for response in group.responses]
+    lengths = [len(response.token_ids) for response in responses]
+    return {
+        "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
+        "reward/score": mean(score.score for group in generated for score in group.scores),
+        "reward/overlong": mean(overlong_shaping(config, response) < 0 for response in responses),
+        "acc/before_filter": mean(score.acc for group in generated for score in group.scores),
+        "acc/after_filter": mean(score.acc for group in trained for score in group.scores),
+        "groups/kept": len(kept) / len(generated),
+        "groups/trained": len(trained),
+        "groups/all_correct": mean(all(acc == 1 for acc in group.metric("acc")) for group in generated),
+        "groups/all_wrong": mean(all(acc == 0 for acc in group.metric("acc")) for group in generated),
+        "responses/generated": len(responses),
+        "responses/wasted": len(responses) - sum(len(group.responses) for group in trained),
+        "response_length/mean": mean(lengths),
+        "response_length/max": max(lengths),
+        "response_length/truncated": mean(response.finish_reason == "length" for response in responses),
+    }
+
+
+def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[float], norms: list[float]) -> dict:
+    """What an update did: means over its optimizer steps (loss, gradient norm) or its trained tokens (all else)."""
+    tokens = max(1, sums["tokens"])
+    names = ["entropy", "prob", "ratio", "kl", "clip_up", "clip_down"]
+    names += ["clip_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
+    return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms, default=0.0),
+            **{f"actor/{name}": sums[name] / tokens for name in names},
+            "actor/clip_up_prob": sums["clip_up_prob"] / max(1, sums["clip_up"])}
+
+
+def rollout_rows(step: int, groups: list[Group], norm_by_std: bool) -> Iterator[str]:
+    """The lines of a rollout file: a response each, with all that was made of it."""
+    for group in groups:
+        advantages = group_advantages(torch.tensor([group.final_rewards], dtype=torch.float64), norm_by_std)[0].tolist()
+        for response, score, reward, final, advantage in zip(group.responses, group.scores, group.rewards,
+                                                             group.final_rewards, advantages, strict=True):
+            yield json.dumps({
+                "step": step, "position": group.position, "prompt": group.prompt.text, "answer": group.prompt.answer,
+                "response": response.text, "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
+                "pred": score.pred, "acc": score.acc, "score": score.score, "reward": reward, "final_reward": final,
+                "advantage": advantage}) + "\n"
+
+
+def validate(run: Run, prompts: list[Prompt]) -> Evaluation:
+    """Judge the policy as it stands on the validation prompts, with the same random numbers each time."""
+    val = run.config.val
+    responses, scores = write_and_judge(run, prompts, list(range(len(prompts))), "validation", val.n, val.temperature,
+                                        val.top_p, Timer())
+    return evaluate(prompts, responses, scores, val.level_key)
+
+
+def record(run: Run, metrics: dict, groups: list[Group]) -> None:
+    """Add a row to metrics.jsonl and the tracker, and a file to rollouts/."""
+    config, run_dir, step = run.config, Path(run.config.run_dir), metrics["step"]
+    run.accelerator.log(metrics, step=step)
+    if run.accelerator.is_main_process:
+        with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if groups[:config.save_rollouts]:
+            rows = rollout_rows(step, groups[:config.save_rollouts], config.algorithm.norm_adv_by_std_in_grpo)
+            (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt]) -> dict[int, Evaluation]:
+    """Train, with validation, recording and a progress bar around the algorithm. Returns the evaluations by step."""
+    config, evaluations = run.config, {}
+    last, set_name = config.total_training_steps, Path(config.val.file).stem
+
+    def validation(step: int) -> dict[str, float]:
+        if not val_prompts or not (step in (0, last) or (config.val.every and step % config.val.every == 0)):
+            return {}
+        start = time.perf_counter()
+        evaluations[step] = validate(run, val_prompts)
+        return {f"val/{set_name}/{name}": value for name, value in evaluations[step].metrics.items()} | {
+            "time/validate": time.perf_counter() - start}
+
+    if before := validation(0):
+        record(run, {"step": 0, **before}, [])
+        run.accelerator.print("\n" + format_table({"before": evaluations[0]}) + "\n")
+    with tqdm(train(run, prompts), "DAPO", last, disable=not run.accelerator.is_main_process) as bar:
+        for metrics, groups in bar:
+            record(run, metrics | validation(metrics["step"]), groups)
+            bar.set_postfix_str(f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}, length "
+                                f"{metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
+    return evaluations
+
+
+def report(run: Run, evaluations: dict[int, Evaluation], seconds: float) -> None:
+    """Validation before and after, one problem's responses before and after, and where the results are."""
+    if evaluations:
+        sides = {"before": evaluations[0], "after": evaluations[max(evaluations)]}
+        prompt = sides["before"].example_prompt
+        print("\n" + format_table(sides) + f"\n\n{prompt.text!r}, whose answer is {prompt.answer!r}:")
+        for title, evaluation in sides.items():
+            print("\n".join(f"  {title:<8}{text!r}" for text in evaluation.examples[:4]))
+    print(f"\n{run.config.total_training_steps} steps in {seconds:.0f} s. "
+          f"{run.config.run_dir} has curves.png, metrics.jsonl, rollouts/ and model/")
+
+
+def main() -> None:
+    """Set up, train, save; what goes wrong in between leaves the last good policy behind."""
+    config = read_command_line(__doc__)
+    run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
+    start = time.perf_counter()
+    with one_line_errors():
+        if run.accelerator.is_main_process:
+            open_run_dir(config)
+        run.accelerator.init_trackers("dapo")
+    try:
+        evaluations = run_training(run, prompts, val_prompts)
+    except SystemExit as error:
+        save_model(run, "last_good_model")
+        raise SystemExit(f"{error}. The policy as it was is in {config.run_dir}/last_good_model") from None
+    save_model(run, "model")
+    run.accelerator.end_training()
+    if run.accelerator.is_main_process:
+        plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
+        report(run, evaluations, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
