@@ -45,32 +45,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SimpleNamesp
     Raises ValueError for a key that does not exist, a value of another type, or values that contradict
     each other.
     """
-    rules, values = read_rules(), read_yaml(SCHEMA)
-    read = set(re.findall(r"\.(\w+)", SCHEMA.with_name("train_dapo.py").read_text(encoding="utf-8")))
-    for key in values:
-        if key not in rules:
-            raise ValueError(f"config.yaml: key {key} has no [type] in its comment: {nearest(key, rules)}")
-        if key.rpartition(".")[2] not in read:
-            raise ValueError(f"config.yaml: train_dapo.py reads no key {key}: {nearest(key, read)}")
-    for source, given in ((path, read_yaml(path)), ("command line", dict(map(split_override, overrides)))):
+    rules, values = read_rules(), {}
+    check_schema(rules, read_yaml(SCHEMA))
+    for source, given in ((SCHEMA.name, read_yaml(SCHEMA)), (path, read_yaml(path)),
+                          ("command line", dict(map(split_override, overrides)))):
         for key, text in given.items():
+            if text == "" and any(rule.startswith(f"{key}.") for rule in rules):
+                continue  # a section, all of whose keys are commented out
             if key not in rules:
                 raise ValueError(f"{source}: unknown config key {key}: {nearest(key, rules)}")
-            values[key] = text
+            values[key] = parse_value(f"{source}: config key {key}", text, rules[key])
     config = SimpleNamespace()
-    for key, text in values.items():
+    for key, value in values.items():
         section, _, leaf = key.rpartition(".")
         if section and not hasattr(config, section):
             setattr(config, section, SimpleNamespace())
-        setattr(getattr(config, section) if section else config, leaf, parse_value(key, text, rules[key]))
+        setattr(getattr(config, section) if section else config, leaf, value)
     check_config(config)
     return config
+
+
+def check_schema(rules: dict[str, str], defaults: dict[str, str]) -> None:
+    """Raise ValueError for a key of config.yaml that no code reads: the file that everyone edits has misprints too."""
+    read = {name for path in SCHEMA.parent.glob("*.py") for name in re.findall(r"\.(\w+)", path.read_text("utf-8"))}
+    for key in defaults:
+        if key not in rules:
+            raise ValueError(f"config.yaml: key {key} has no [type] in its comment: {nearest(key, rules)}")
+        if key.rpartition(".")[2] not in read:
+            raise ValueError(f"config.yaml: no code reads the key {key}: {nearest(key, read)}")
 
 
 def read_yaml(path: str | Path) -> dict[str, str]:
     """The scalars of a config file as text, by dotted key; `parse_value` gives them their types."""
     try:
-        sections = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -84,6 +92,17 @@ def read_yaml(path: str | Path) -> dict[str, str]:
         for key, leaf in value.items() if isinstance(value, dict) else [("", value)]:
             flat[f"{section}.{key}".rstrip(".")] = leaf
     return flat
+
+
+class UniqueKeyLoader(yaml.BaseLoader):
+    """Scalars stay text; a key that is written twice is an error, where yaml would keep the last one silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_rules() -> dict[str, str]:
@@ -106,8 +125,8 @@ def split_override(text: str) -> tuple[str, str]:
     return key, value
 
 
-def parse_value(key: str, text: str, rule: str) -> bool | int | float | str:
-    """`text` as what `rule` (`int >= 1`, `bool`, `str`, `a | b`) asks for. Raises ValueError where it is not."""
+def parse_value(place: str, text: str, rule: str) -> bool | int | float | str:
+    """`text` as what `rule` (`int >= 1`, `bool`, `str`, `a | b`) asks for. Raises ValueError, naming `place`."""
     kind, *bounds = rule.split()
     try:
         if kind == "str" and isinstance(text, str):
@@ -123,7 +142,7 @@ def parse_value(key: str, text: str, rule: str) -> bool | int | float | str:
             return text
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise ValueError(f"config key {key}: {text!r} is not {'one of' if '|' in rule else 'of type'} {rule}")
+    raise ValueError(f"{place}: {text!r} is not {'one of' if '|' in rule else 'of type'} {rule}")
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:
@@ -153,5 +172,13 @@ def check_config(config: SimpleNamespace) -> None:
     if config.filter_groups.enable and 0 < most < config.data.train_batch_size:
         raise ValueError(f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never fill "
                          f"data.train_batch_size={config.data.train_batch_size}: raise one of the two")
+    if "{prompt}" not in config.data.prompt_template:
+        raise ValueError("data.prompt_template has no {prompt}: every prompt would be the same")
+    try:
+        groups = re.compile(config.data.answer_regex).groups
+    except re.error as error:
+        raise ValueError(f"data.answer_regex {config.data.answer_regex!r} is no regular expression: {error}") from None
+    if config.data.answer_regex and not groups:
+        raise ValueError(f"data.answer_regex {config.data.answer_regex!r} has no group: put the answer in parentheses")
     if 0 < config.actor.clip_ratio_c <= 1:
         raise ValueError(f"actor.clip_ratio_c={config.actor.clip_ratio_c} must be above 1, or 0 (off)")

@@ -34,12 +34,11 @@ def majority_is_right(scores: Sequence[Score]) -> float:
 def summarise(responses: Sequence[Sequence[Response]], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """avg@k (mean accuracy), pass@k (any of k right), maj@k (the most frequent answer right), mean length in tokens."""
     k, prompts = len(scores[0]), len(scores)
-    return {
-        f"avg@{k}": sum(score.acc for row in scores for score in row) / (k * prompts),
-        f"pass@{k}": sum(max(score.acc for score in row) for row in scores) / prompts,
-        f"maj@{k}": sum(majority_is_right(row) for row in scores) / prompts,
-        "response_length": sum(len(r.token_ids) for row in responses for r in row) / (k * prompts),
-    }
+    figures = {f"avg@{k}": sum(score.acc for row in scores for score in row) / (k * prompts),
+               f"pass@{k}": sum(max(score.acc for score in row) for row in scores) / prompts}
+    if any(score.pred for row in scores for score in row):  # not every verifier reads an answer
+        figures[f"maj@{k}"] = sum(majority_is_right(row) for row in scores) / prompts
+    return figures | {"response_length": sum(len(r.token_ids) for row in responses for r in row) / (k * prompts)}
 
 
 def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
@@ -62,9 +61,11 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
     lines = [" " * 12 + "".join(f"    {title:<{len(heads)}}" for title in evaluations).rstrip(),
              " " * 12 + "".join(f"    {heads}" for _ in evaluations)]
     for level in [*first.by_level, "all"]:
-        blocks = [evaluation.by_level.get(level, evaluation.metrics) for evaluation in evaluations.values()]
-        lines.append(f"{level:<12}" + "".join("    " + "".join(
-            f"{value:>8.{1 if name == 'response_length' else 3}f}" for name, value in block.items()) for block in blocks))
+        lines.append(f"{level:<12}")
+        for evaluation in evaluations.values():
+            figures = evaluation.by_level.get(level, evaluation.metrics)
+            lines[-1] += "    " + "".join(f"{figures.get(name, 0.0):>8.{1 if name == 'response_length' else 3}f}"
+                                          for name in first.metrics)
     return "\n".join(lines)
 
 
@@ -73,6 +74,8 @@ def main() -> None:
     from config import read_command_line
     from train_dapo import set_up, validate  # which imports this module
     config = read_command_line(__doc__)
+    if not config.val.file:
+        raise SystemExit("error: val.file names no data to evaluate on")
     run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
     print(format_table({config.model.path: validate(run, prompts)}))
 

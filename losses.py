@@ -16,6 +16,7 @@ Masks are 1 on the tokens that train and 0 elsewhere; whatever stands where the 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,11 +31,12 @@ def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0)
     left and responses on the right, and `responses` (B, T). This is the one place that shifts: the
     logits at position P + t - 1 predict response token t.
     """
-    tokens = batch["responses"]
+    tokens = F.pad(batch["responses"], (0, 1))  # (B, T + 1): the logits' last column predicts nothing, and goes
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                    position_ids=batch["position_ids"], use_cache=False,
-                   logits_to_keep=tokens.shape[1] + 1)  # no prompt position reaches the output head
-    return token_logprobs(output.logits[:, :-1], tokens, temperature)
+                   logits_to_keep=tokens.shape[1])  # no prompt position but the last reaches the output head
+    logprobs, entropy = token_logprobs(output.logits, tokens, temperature)
+    return logprobs[:, :-1], entropy[:, :-1]
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     Returns:
         The loss (B, T), not yet masked or aggregated, and sums over the masked tokens (0-d, detached):
         ratio, clip_up, clip_down, clip_dual (token counts), clip_up_prob (probability of the tokens
-        clipped up), kl (k1 estimate of KL(old || current)), prob (of all tokens).
+        clipped up), kl (k1 estimate of KL(old || current)), token_prob (of all tokens).
     """
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -95,7 +97,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         loss = torch.where(clip_dual, -advantages * clip_ratio_c, loss)
     prob = torch.where(mask, logprobs.detach(), -torch.inf).exp()
     stats = {"ratio": ratio * mask, "clip_up": clip_up, "clip_down": clip_down, "clip_dual": clip_dual,
-             "clip_up_prob": prob * clip_up, "kl": -log_ratio, "prob": prob}
+             "clip_up_prob": prob * clip_up, "kl": -log_ratio, "token_prob": prob}
     return loss, {name: value.detach().sum(dtype=torch.float64) for name, value in stats.items()}
 
 

@@ -60,7 +60,7 @@ def score_math(response: str, ground_truth: str) -> Score:
     """Judge the last `Answer: ...` line within a response's last 300 characters: +1 if right, -1 if not."""
     answers = ANSWER_LINE.findall(response[-ANSWER_WINDOW:])
     pred = normalise_answer(answers[-1]) if answers else ""
-    right = bool(answers) and pred == normalise_answer(ground_truth)
+    right = bool(pred) and pred == normalise_answer(ground_truth)
     return Score(acc=float(right), score=1.0 if right else -1.0, pred=pred)
 
 
@@ -73,7 +73,10 @@ def load_verifier(name: str) -> Callable:
         raise ValueError(f"reward.name: {name!r} is neither `math` nor an existing path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward.name: cannot import {path}: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"reward.name: {path} has no function {function!r}")
     return getattr(module, function)
@@ -82,9 +85,11 @@ def load_verifier(name: str) -> Callable:
 def judge(verifier: Callable, response: str, ground_truth: str, row: dict) -> Score:
     """Call a verifier; a plain number becomes a `Score`. Raises ValueError where it fails or is not finite."""
     try:
-        verdict = verifier(response, ground_truth, **row)
+        columns = {key: value for key, value in row.items() if key not in ("response", "ground_truth")}
+        verdict = verifier(response, ground_truth, **columns)
         if not isinstance(verdict, Score):
-            verdict = Score(acc=float(float(verdict) > 0), score=float(verdict))
+            verdict = Score(float(verdict) > 0, verdict)
+        verdict = Score(float(verdict.acc), float(verdict.score), str(verdict.pred))
     except Exception as error:
         raise ValueError(f"the reward function raised {type(error).__name__}: {error}") from error
     if not (math.isfinite(verdict.score) and math.isfinite(verdict.acc)):

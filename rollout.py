@@ -45,6 +45,8 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         max_num_seqs: responses written at a time.
         progress: what to call this on a progress bar; "" shows none.
     """
+    training = model.training
+    model.eval()  # gradient checkpointing, which only works in training mode, would drop the cache
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     chunk = max(1, max_num_seqs // n)
     groups = []
@@ -57,6 +59,7 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         responses = [Response(ids, logprobs, text, "stop" if stopped else "length")
                      for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
         groups += [responses[i:i + n] for i in range(0, len(responses), n)]
+    model.train(training)
     return groups
 
 

@@ -12,8 +12,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -98,54 +99,55 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
                 yield place, row
 
 
-def make_prompt(place: str, row: dict, index: int, tokenizer, prompt_key: str, answer_key: str,
-                answer_regex: str, prompt_template: str, apply_chat_template: bool) -> Prompt:
-    """One row of the data as a `Prompt`. Raises ValueError, naming `place`, where it lacks something."""
+def read_task(place: str, row: dict, prompt_key: str, answer_key: str, answer_regex: str) -> tuple[str, str]:
+    """Task and answer of one row of the data. Raises ValueError, naming `place`, where it lacks them."""
     for option, key in (("prompt_key", prompt_key), ("answer_key", answer_key)):
-        if key not in row:
-            raise ValueError(f"{place}: no key {key!r} (it has: {', '.join(row)}): set data.{option}")
+        if row.get(key) in (None, ""):
+            raise ValueError(f"{place}: no {key!r} (it has: {', '.join(row)}): set data.{option}, or mend the row")
     answer = str(row[answer_key])
     if answer_regex:
         match = re.search(answer_regex, answer)
-        if not match:
+        if not match or not match.group(1):
             raise ValueError(f"{place}: data.answer_regex {answer_regex!r} does not match the answer {answer[-40:]!r}")
         answer = match.group(1).strip()
-    text = prompt_template.replace("{prompt}", str(row[prompt_key]))
-    if apply_chat_template and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
-    else:
-        token_ids = tokenizer.encode(text)
-    columns = {key: value for key, value in row.items() if key not in ("response", "ground_truth")}
-    return Prompt(index, text, token_ids, answer, columns)
+    return str(row[prompt_key]), answer
 
 
-def load_prompts(path: str, tokenizer, max_prompt_length: int, overlong_prompts: str = "drop",
-                 max_prompts: int = 0, **how) -> tuple[list[Prompt], int]:
-    """All prompts of a file (the first `max_prompts`, where positive), and how many were dropped or cut.
+def tokenize(tasks: list[str], tokenizer, prompt_template: str, apply_chat_template: bool) -> tuple[list[str], list]:
+    """The tasks as the policy is to read them: texts and token ids."""
+    texts = [prompt_template.replace("{prompt}", task) for task in tasks]
+    templated = bool(apply_chat_template and tokenizer.chat_template)
+    if templated:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                               add_generation_prompt=True) for text in texts]
+    return texts, tokenizer(texts, add_special_tokens=not templated)["input_ids"]  # a template writes its own
 
-    `how` goes to `make_prompt`. A prompt of more than `max_prompt_length` tokens is dropped, loses its
-    left end (`truncate_left`), or is an error. Raises ValueError for unusable data.
+
+def load_prompts(path: str, tokenizer, max_prompt_length: int, overlong_prompts: str = "drop", max_prompts: int = 0,
+                 prompt_template: str = "{prompt}", apply_chat_template: bool = True,
+                 **keys: str) -> tuple[list[Prompt], int]:
+    """All prompts of a file (of its first `max_prompts` rows, where positive), and how many were too long.
+
+    A prompt of more than `max_prompt_length` tokens is dropped, loses its left end (`truncate_left`), or is
+    an error. `keys` go to `read_task`. Raises ValueError for unusable data.
     """
+    rows = list(islice(read_rows(path), max_prompts or None))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    tasks, answers = zip(*(read_task(place, row, **keys) for place, row in rows), strict=True)
+    texts, token_ids = tokenize(tasks, tokenizer, prompt_template, apply_chat_template)
     prompts, overlong = [], 0
-    for index, (place, row) in enumerate(read_rows(path)):
-        prompt = make_prompt(place, row, index, tokenizer, **how)
-        if len(prompt.token_ids) > max_prompt_length:
+    for i, ((place, row), text, ids, answer) in enumerate(zip(rows, texts, token_ids, answers, strict=True)):
+        if len(ids) > max_prompt_length:
             overlong += 1
             if overlong_prompts == "error":
-                raise ValueError(f"{place}: {len(prompt.token_ids)} tokens, more than data.max_prompt_length="
-                                 f"{max_prompt_length}: raise it, or set data.overlong_prompts")
-            if overlong_prompts == "drop":
-                continue
-            prompt = replace(prompt, token_ids=prompt.token_ids[-max_prompt_length:])
-        prompts.append(prompt)
-        if len(prompts) == max_prompts:
-            break
-    if not prompts and overlong:
-        raise ValueError(f"{path}: all {overlong} prompts are longer than data.max_prompt_length={max_prompt_length}")
+                raise ValueError(f"{place}: {len(ids)} tokens, more than data.max_prompt_length={max_prompt_length}: "
+                                 "raise it, or set data.overlong_prompts")
+        if len(ids) <= max_prompt_length or overlong_prompts == "truncate_left":
+            prompts.append(Prompt(i, text, ids[-max_prompt_length:], answer, row))
     if not prompts:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: all {overlong} prompts are longer than data.max_prompt_length={max_prompt_length}: "
+                         "raise it")
     return prompts, overlong
 
 

@@ -36,8 +36,8 @@ APPLY = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10, "*": la
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per digit, operator and label, one for the whole of `\\nAnswer: `."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}))
+    """One token per digit, operator and label, one for the whole of `\\nAnswer: `; any other text is filler."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=FILLER))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\nAnswer: | [a-j]|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)

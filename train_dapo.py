@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -66,7 +67,7 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
                        is_informative(group.metric(config.filter_groups.metric))]
             generated += groups
             position, gen_batches = position + draw_size, gen_batches + 1
-        trained = groups_to_train(config, step, buffer, generated, gen_batches)
+        trained = groups_to_train(run, step, buffer, generated, gen_batches)
         skipped = 0 if trained else skipped + 1
         if skipped > config.filter_groups.max_skipped_steps:
             raise SystemExit(f"error: {skipped} steps in a row were skipped, the last because: "
@@ -82,20 +83,21 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
                **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained
 
 
-def groups_to_train(config: SimpleNamespace, step: int, buffer: list[Group], generated: list[Group],
+def groups_to_train(run: "Run", step: int, buffer: list[Group], generated: list[Group],
                     gen_batches: int) -> list[Group]:
     """The first `train_batch_size` groups of the buffer, in the order of the prompt stream.
 
     Where there are fewer, `filter_groups.at_limit` decides: those (or none), none, or the end of the run.
     """
-    size, at_limit = config.data.train_batch_size, config.filter_groups.at_limit
+    size, at_limit = run.config.data.train_batch_size, run.config.filter_groups.at_limit
     if len(buffer) >= size:
         return buffer[:size]
     message = describe(step, buffer, generated, gen_batches)
     if at_limit == "error":
         raise SystemExit(f"error: {message}")
     trained = buffer if at_limit == "train" else []
-    tqdm.write(f"{message}. This step {f'trains on {len(trained)} groups' if trained else 'is skipped'}.")
+    if run.accelerator.is_main_process:
+        tqdm.write(f"{message}. This step {f'trains on {len(trained)} groups' if trained else 'is skipped'}.")
     return trained
 
 
@@ -176,7 +178,8 @@ def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict
             for name, value in stats.items():
                 sums[name] += value
     timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
-    return {"updates": len(losses), "actor/lr": parameters["lr"], **actor_metrics(config, sums, losses, norms)}
+    metrics = actor_metrics(config, sums, losses, norms) if losses else {}
+    return {"updates": len(losses), "actor/lr": parameters["lr"], **metrics}
 
 
 def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Sample]:
@@ -262,9 +265,11 @@ def write_and_judge(run: "Run", prompts, positions, purpose: str, n: int, temper
 
 
 def judge_all(verifier: Callable, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
-    """A score for every response; and, where the verifier failed, on what and how."""
+    """A score for every response; and, where the policy or the verifier failed, on what and how."""
     scores = []
     for prompt, group in zip(prompts, responses, strict=True):
+        if not all(np.isfinite(response.logprobs).all() for response in group):
+            return [], f"prompt {prompt.id}: log-probs are not finite; the policy has diverged, or its numbers overflow"
         scores.append([])
         for i, response in enumerate(group):
             try:
@@ -314,6 +319,8 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
     with one_line_errors():
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
                                   log_with=config.log_with or None, project_dir=config.run_dir)
+        if config.log_with and not accelerator.log_with:
+            raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
         if on_cpu:  # the launcher allows one thread
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
         set_seed(config.seed)
@@ -327,6 +334,7 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
         policy.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
+    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
     return Run(config, accelerator, tokenizer, policy, reference, optimizer, verifier), prompts
 
 
@@ -336,7 +344,7 @@ def load(auto_class, path: str, **how):
         raise ValueError(f"model.path: {path} is neither a directory nor a hub name (owner/name)")
     try:
         return auto_class.from_pretrained(path, **how)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each library has its own
         raise ValueError(f"model.path: cannot load {path}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -346,6 +354,10 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     for name, value in architecture.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(architecture, name, 0.0)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if longest > getattr(architecture, "max_position_embeddings", longest):
+        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, but "
+                         f"{config.model.path} has {architecture.max_position_embeddings} positions")
     return load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
                 attn_implementation=config.model.attn_implementation)
 
@@ -366,15 +378,22 @@ def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path
     return prompts
 
 
-def open_run_dir(config: SimpleNamespace) -> None:
-    """Make the run's directory and write the resolved config there. Raises ValueError where results are there."""
-    run_dir = Path(config.run_dir)
-    if (run_dir / "metrics.jsonl").exists():
-        free = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
+def check_run_dir(run_dir: str) -> None:
+    """Raise ValueError where an earlier run left results."""
+    if (Path(run_dir) / "metrics.jsonl").exists():
+        free = next(name for i in range(2, 10**6) if not Path(name := f"{run_dir}-{i}").exists())
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; name another, for instance run_dir={free}")
-    (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-    resolved = json.loads(json.dumps(config, default=vars))
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def open_run_dir(run: Run) -> None:
+    """Make the run's directory, write the resolved config there, and start the tracker."""
+    config, resolved = run.config, json.loads(json.dumps(run.config, default=vars))
+    if run.accelerator.is_main_process:
+        (Path(config.run_dir) / "rollouts").mkdir(parents=True, exist_ok=True)
+        (Path(config.run_dir) / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in resolved.items()}
+    run.accelerator.init_trackers("dapo", {f"{name}.{key}".rstrip("."): value for name, section in sections.items()
+                                           for key, value in section.items()})
 
 
 def save_model(run: Run, name: str) -> None:
@@ -385,6 +404,7 @@ def save_model(run: Run, name: str) -> None:
         run.accelerator.unwrap_model(run.policy).save_pretrained(aside)
         run.tokenizer.save_pretrained(aside)
         aside.rename(run_dir / name)
+    run.accelerator.wait_for_everyone()  # a process that ends takes the others with it
 
 
 # ---- what a run shows -----------------------------------------------------------------------------------
@@ -423,9 +443,8 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     return {
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for group in generated for score in group.scores),
-        "reward/overlong": mean(overlong_shaping(config, response) < 0 for response in responses),
         "acc/before_filter": mean(score.acc for group in generated for score in group.scores),
-        "acc/after_filter": mean(score.acc for group in trained for score in group.scores),
+        **({"acc/after_filter": mean(score.acc for group in trained for score in group.scores)} if trained else {}),
         "groups/kept": len(kept) / len(generated),
         "groups/trained": len(trained),
         "groups/all_correct": mean(all(acc == 1 for acc in group.metric("acc")) for group in generated),
@@ -435,15 +454,16 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
         "response_length/mean": mean(lengths),
         "response_length/max": max(lengths),
         "response_length/truncated": mean(response.finish_reason == "length" for response in responses),
+        "response_length/penalised": mean(overlong_shaping(config, response) < 0 for response in responses),
     }
 
 
 def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[float], norms: list[float]) -> dict:
     """What an update did: means over its optimizer steps (loss, gradient norm) or its trained tokens (all else)."""
-    tokens = max(1, sums["tokens"])
-    names = ["entropy", "prob", "ratio", "kl", "clip_up", "clip_down"]
+    tokens = sums["tokens"]
+    names = ["entropy", "token_prob", "ratio", "kl", "clip_up", "clip_down"]
     names += ["clip_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
-    return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms, default=0.0),
+    return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms),
             **{f"actor/{name}": sums[name] / tokens for name in names},
             "actor/clip_up_prob": sums["clip_up_prob"] / max(1, sums["clip_up"])}
 
@@ -520,22 +540,25 @@ def report(run: Run, evaluations: dict[int, Evaluation], seconds: float) -> None
 def main() -> None:
     """Set up, train, save; what goes wrong in between leaves the last good policy behind."""
     config = read_command_line(__doc__)
+    with one_line_errors():
+        check_run_dir(config.run_dir)
     run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
     start = time.perf_counter()
     with one_line_errors():
-        if run.accelerator.is_main_process:
-            open_run_dir(config)
-        run.accelerator.init_trackers("dapo")
+        open_run_dir(run)
     try:
         evaluations = run_training(run, prompts, val_prompts)
     except SystemExit as error:
+        if not run.optimizer.state:  # nothing was learned yet
+            raise
         save_model(run, "last_good_model")
         raise SystemExit(f"{error}. The policy as it was is in {config.run_dir}/last_good_model") from None
     save_model(run, "model")
-    run.accelerator.end_training()
     if run.accelerator.is_main_process:
         plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
         report(run, evaluations, time.perf_counter() - start)
+    run.accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after the others
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

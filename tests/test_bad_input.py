@@ -1,0 +1,104 @@
+"""What users get wrong: one clear line that names the place and the repair, exit code 1, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*overrides):
+    return subprocess.run([sys.executable, "train_dapo.py", "--config", "config.yaml", *overrides],
+                          capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_a_misspelt_key_is_one_line_and_exit_code_1_before_anything_is_loaded(tmp_path):
+    result = launch("actor.clip_ratio_hgh=0.3", f"run_dir={tmp_path / 'run'}")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == ("error: command line: unknown config key actor.clip_ratio_hgh: "
+                             "did you mean actor.clip_ratio_high?\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_weights_file_is_one_line(start, tmp_path):
+    import shutil
+    shutil.copytree(ROOT / "toy/base", tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="error: model.path: cannot load .*broken: "):
+        start(f"model.path={tmp_path / 'broken'}")
+
+
+def test_a_reward_file_that_cannot_be_imported_is_one_line(start, tmp_path):
+    (tmp_path / "mine.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(SystemExit, match="error: reward.name: cannot import .*mine.py: ModuleNotFoundError"):
+        start(f"reward.name={tmp_path / 'mine.py'}:score")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """`data(row, ...)`: the path of a JSONL file."""
+    def data(*rows):
+        (tmp_path / "data.jsonl").write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / "data.jsonl")
+    return data
+
+
+def write_reward(tmp_path, body):
+    (tmp_path / "mine.py").write_text(f"def score(response, ground_truth, **row):\n    {body}\n")
+    return f"reward.name={tmp_path / 'mine.py'}:score"
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["data.train_file=nowhere.jsonl"], "error: nowhere.jsonl: no such data file"),
+    (["val.file=nowhere.jsonl"], "error: nowhere.jsonl: no such data file"),
+    (["model.path=nowhere"], "error: model.path: nowhere is neither a directory nor a hub name"),
+    (["model.path=owner/nowhere"], "error: model.path: cannot load owner/nowhere"),
+    (["model.path=toy"], "error: model.path: cannot load toy"),
+    (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
+    (["reward.name=maths"], "error: reward.name: 'maths' is neither `math` nor"),
+    (["data.max_prompt_length=2"], "error: toy/train.jsonl: all 5000 prompts are longer than data.max_prompt_length=2"),
+    (["data.prompt_key=question"], "error: toy/train.jsonl:1: no 'question' .it has: prompt, answer, level"),
+    (["log_with=nothing"], "error: .*nothing"),
+    (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
+    (["data.max_response_length=500"], "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256"),
+])
+def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        start(*overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"], "data.jsonl:2: not valid JSON"),
+    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no 'answer'"),
+    ([], "data.jsonl: no rows"),
+])
+def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
+    with pytest.raises(SystemExit, match=message):
+        start(f"data.train_file={data(*rows)}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("body, message", [
+    ("raise KeyError('unit')", "the reward function raised KeyError: 'unit'"),
+    ("return float('nan')", "the reward function returned nan"),
+])
+def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path, body, message):
+    with pytest.raises(SystemExit, match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response 0 \(.*\): {message}"):
+        start(write_reward(tmp_path, body))
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/last_good_model").exists()
+    start("total_training_steps=1")  # so the same directory is free once the mistake is mended
+
+
+def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path):
+    """The reward breaks at a certain step; metrics so far and the policy as it was are on disk."""
+    body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
+            "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
+    with pytest.raises(SystemExit, match=r"step 2, prompt .*enough. The policy as it was is in .*last_good_model"):
+        start(write_reward(tmp_path, body))
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run/last_good_model/model.safetensors").exists()

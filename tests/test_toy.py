@@ -1,0 +1,82 @@
+"""toy.py: the task is what it says it is, and the code still makes a base model as good as the committed one."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import toy
+from reward import score_math
+from rollout import generate
+
+ROOT = Path(__file__).parent.parent
+ROWS = [json.loads(line) for name in ("train", "val") for line in (ROOT / f"toy/{name}.jsonl").read_text().splitlines()]
+
+
+def solve(prompt):
+    """An independent reading of a prompt, left to right modulo 10."""
+    value, *steps = re.findall(r"[a-j]([-+*]?)(\d)", prompt)
+    result = int(value[1])
+    for op, operand in steps:
+        result = {"+": result + int(operand), "-": result - int(operand), "*": result * int(operand)}[op] % 10
+    return str(result)
+
+
+def test_every_answer_in_the_files_is_right():
+    assert len(ROWS) == 5500 and all(solve(row["prompt"]) == row["answer"] for row in ROWS)
+
+
+def test_validation_problems_are_held_out():
+    train, val = {row["prompt"] for row in ROWS[:5000]}, {row["prompt"] for row in ROWS[5000:]}
+    assert len(val) == 500 and not train & val
+
+
+def test_worked_answers_are_right_step_by_step():
+    rng = random.Random(0)
+    for _ in range(200):
+        prompt, response = toy.make_demonstration(rng, worked=1.0, slips=0.0, rambling=0.0)
+        assert score_math(response, solve(prompt)).acc == 1
+        assert all(str(eval(step[0]) % 10) == step[1] for step in re.findall(r"[a-j](\d[-+*]\d)=(\d)", response))
+
+
+def test_the_shares_of_demonstrations_are_those_asked_for():
+    rng = random.Random(0)
+    texts = [toy.make_demonstration(rng, worked=0.2, slips=0.0, rambling=0.3)[1] for _ in range(4000)]
+    assert sum("=" in t for t in texts) / 4000 == pytest.approx(0.2, abs=0.03)
+    assert sum("." in t for t in texts) / 4000 == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_tokenizer_round_trips_and_keeps_the_answer_in_one_token(tokenizer):
+    text = "a7 b*3 c+5? b7*3=1 c1+5=6....\nAnswer: 6"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.convert_tokens_to_ids("\nAnswer: ") in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode("é")) == toy.FILLER  # foreign text is no error
+
+
+def habits(model, tokenizer, problems=200):
+    """Accuracy of sampled responses, share that shows its work, accuracy of those."""
+    rows = ROWS[5000:5000 + problems]
+    groups = generate(model, tokenizer, [tokenizer.encode(row["prompt"]) for row in rows], [(i,) for i in range(problems)], 4, 96, 1.0)
+    results = [("=" in r.text, score_math(r.text, row["answer"]).acc) for row, group in zip(rows, groups, strict=True) for r in group]
+    worked = [acc for shows, acc in results if shows]
+    return sum(acc for _, acc in results) / len(results), len(worked) / len(results), sum(worked) / len(worked)
+
+
+def check_base(model, tokenizer):
+    accuracy, share, worked = habits(model, tokenizer)
+    assert accuracy < 0.40 and 0.08 < share < 0.35 and worked > 0.80
+
+
+def test_the_committed_base_can_reason_but_seldom_does(model, tokenizer):
+    check_base(model, tokenizer)
+    assert (ROOT / "toy/base/model.safetensors").stat().st_size < 2_000_000
+
+
+def test_the_code_still_makes_an_equally_good_base(tokenizer):
+    model = toy.make_base_model(toy.make_tokenizer(), seed=0, mastery=0.95).eval()  # less than for the committed one: quicker
+    check_base(model, tokenizer)
+    committed = AutoModelForCausalLM.from_pretrained(ROOT / "toy/base")
+    assert model.num_parameters() == committed.num_parameters()
