@@ -37,25 +37,15 @@ from losses import aggregate, group_advantages, kl_penalty, policy_loss, respons
 from plot import plot_runs
 from reward import Score, judge, load_verifier, overlong_penalty
 from rollout import Response, generate
-from sampling import (
-    Group,
-    Prompt,
-    Sample,
-    collate,
-    draw_prompts,
-    is_informative,
-    load_prompts,
-    make_rng,
-    micro_batches,
-    mini_batches,
-)
+from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informative, load_prompts, make_rng,
+                      micro_batches, mini_batches)
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------------
 
 def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]]]:
     """DAPO. Yields, after each step, its metrics and the groups it trained on."""
-    config, filtering, limit = run.config, run.config.filter_groups.enable, run.config.filter_groups.max_num_gen_batches
-    size = config.data.train_batch_size
+    config, size = run.config, run.config.data.train_batch_size
+    filtering, limit = config.filter_groups.enable, config.filter_groups.max_num_gen_batches
     draw_size = config.data.gen_batch_size if filtering else size
     position = optimizer_steps = skipped = 0
     for step in range(1, config.total_training_steps + 1):                # 1: for step = 1, ..., M
@@ -63,8 +53,8 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
         while len(buffer) < size and not (limit and gen_batches == limit):   # 7, 8: too few in the buffer: go on
             batch = draw_prompts(prompts, position, draw_size, config.seed)  # 2: sample a batch of prompts
             groups = write_groups(run, batch, step, timer)                # 3-5: old policy, G outputs each, rewards
-            buffer += [group for group in groups if not filtering or      # 6: filter, and add to the buffer
-                       is_informative(group.metric(config.filter_groups.metric))]
+            buffer += [group for group in groups                          # 6: filter, and add to the buffer
+                       if not filtering or is_informative(group.metric(config.filter_groups.metric))]
             generated += groups
             position, gen_batches = position + draw_size, gen_batches + 1
         trained = groups_to_train(run, step, buffer, generated, gen_batches)
@@ -155,8 +145,9 @@ def make_samples(config: SimpleNamespace, groups: list[Group], advantages: Tenso
 def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict[str, float]:
     """Lines 10 and 11: `ppo_epochs` passes over shuffled mini-batches, an optimizer step each. Returns metrics."""
     config = run.config
+    lr = config.actor.lr * min(1.0, step / max(1, config.actor.lr_warmup_steps))
     for parameters in run.optimizer.param_groups:
-        parameters["lr"] = config.actor.lr * min(1.0, step / max(1, config.actor.lr_warmup_steps))
+        parameters["lr"] = lr
     batches = [indices for epoch in range(config.actor.ppo_epochs) for indices in mini_batches(
         len(samples), config.actor.ppo_mini_batch_size, make_rng(config.seed, "mini-batches", step, epoch))]
     with timer("logprobs"):
@@ -179,7 +170,7 @@ def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict
                 sums[name] += value
     timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
     metrics = actor_metrics(config, sums, losses, norms) if losses else {}
-    return {"updates": len(losses), "actor/lr": parameters["lr"], **metrics}
+    return {"updates": len(losses), "actor/lr": lr, **metrics}
 
 
 def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Sample]:
@@ -253,7 +244,8 @@ def write_and_judge(run: "Run", prompts, positions, purpose: str, n: int, temper
     with timer("generate"), run.accelerator.autocast():
         responses = generate(
             run.accelerator.unwrap_model(run.policy), run.tokenizer, [prompt.token_ids for prompt in prompts], seeds, n,
-            run.config.data.max_response_length, temperature, top_p, run.config.rollout.max_num_seqs)
+            run.config.data.max_response_length, temperature, top_p, run.config.rollout.max_num_seqs,
+            progress=purpose if run.accelerator.is_main_process else "")
     with timer("reward"):
         scores, failure = judge_all(run.verifier, prompts, responses)
         results = gather_object([(positions, responses, scores, failure)])
