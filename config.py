@@ -31,9 +31,9 @@ def one_line_errors() -> Iterator[None]:
 
 def read_command_line(description: str) -> SimpleNamespace:
     """The config that `--config FILE [key.sub=value ...]` describes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="config.yaml, or a recipe of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="come last, one key each")
+    parser = argparse.ArgumentParser(description=description, epilog="config.yaml explains every key.")
+    parser.add_argument("--config", required=True, help="config.yaml, or a file that lists what differs from it")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. actor.lr=1e-4 run_dir=runs/mine")
     args = parser.parse_intermixed_args()
     with one_line_errors():
         return load_config(args.config, args.overrides)
@@ -66,13 +66,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SimpleNamesp
 
 
 def check_schema(rules: dict[str, str], defaults: dict[str, str]) -> None:
-    """Raise ValueError for a key of config.yaml that no code reads: the file that everyone edits has misprints too."""
-    read = {name for path in SCHEMA.parent.glob("*.py") for name in re.findall(r"\.(\w+)", path.read_text("utf-8"))}
+    """Raise ValueError where config.yaml and the code disagree: the file that everyone edits has misprints too."""
+    code = "".join(path.read_text("utf-8") for path in SCHEMA.parent.glob("*.py"))
+    read = set(re.findall(r"\.(\w+)", code))
     for key in defaults:
         if key not in rules:
-            raise ValueError(f"config.yaml: key {key} has no [type] in its comment: {nearest(key, rules)}")
+            raise ValueError(f"config.yaml: key {key} lacks the comment that gives its [type]: {nearest(key, rules)}")
         if key.rpartition(".")[2] not in read:
-            raise ValueError(f"config.yaml: no code reads the key {key}: {nearest(key, read)}")
+            raise ValueError(f"config.yaml: unknown key {key}, which no code reads: {nearest(key, read)}")
+    sections = {key.partition(".")[0] for key in rules if "." in key}
+    for key in re.findall(r"\bconfig\.(\w+\.\w+)", code):
+        if key.partition(".")[0] in sections and key not in defaults:
+            raise ValueError(f"config.yaml: key {key} is not there: put its line back")
 
 
 def read_yaml(path: str | Path) -> dict[str, str]:
@@ -142,6 +147,7 @@ def parse_value(place: str, text: str, rule: str) -> bool | int | float | str:
             return text
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
+    rule = "true | false" if rule == "bool" else rule
     raise ValueError(f"{place}: {text!r} is not {'one of' if '|' in rule else 'of type'} {rule}")
 
 
@@ -152,7 +158,7 @@ def nearest(key: str, keys: Iterable[str]) -> str:
     best = max(sorted(keys), key=lambda k: (difflib.SequenceMatcher(None, last(k), last(key)).ratio(),
                                             difflib.SequenceMatcher(None, k, key).ratio()))
     close = difflib.SequenceMatcher(None, last(best), last(key)).ratio() > 0.7
-    return f"did you mean {best}?" if close else "config.yaml lists every key"
+    return f"did you mean {best}?" if close else "config.yaml, as published, lists every key"
 
 
 def check_config(config: SimpleNamespace) -> None:
@@ -161,9 +167,6 @@ def check_config(config: SimpleNamespace) -> None:
     if config.overlong_buffer.enable and config.overlong_buffer.len > config.data.max_response_length:
         raise ValueError(f"overlong_buffer.len={config.overlong_buffer.len} is longer than data.max_response_length="
                          f"{config.data.max_response_length}: every response would be penalised; make it smaller")
-    if config.rollout.n < 2:
-        raise ValueError(f"rollout.n={config.rollout.n}: advantages are relative to a group, and the filter compares "
-                         "its members; 2 or more are needed")
     if responses % mini:
         divisors = [d for d in range(1, responses + 1) if responses % d == 0]
         raise ValueError(f"actor.ppo_mini_batch_size={mini} does not divide the {responses} responses of a step "

@@ -73,7 +73,7 @@ def main() -> None:
     """Generate, judge and print the table."""
     from config import read_command_line
     from train_dapo import set_up, validate  # which imports this module
-    config = read_command_line(__doc__)
+    config = read_command_line("Judge a model on the validation data of a config.")
     if not config.val.file:
         raise SystemExit("error: val.file names no data to evaluate on")
     run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))

@@ -1,6 +1,6 @@
 """What is minimised? Log-probs, advantages, clipped ratio, aggregation, KL: pure tensor functions.
 
-DAPO's objective (arXiv 2503.14476, equations 8 and 9), over the G responses o_i to each prompt:
+DAPO's objective (arXiv 2503.14476, equations 8 and 9), over the responses o_i to a prompt q:
 
     J = E[ 1 / sum_i |o_i| * sum_i sum_t min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) ]
     r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t),     A_i = (R_i - mean(R)) / std(R)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 PANELS = {  # title: metrics by the end of their names
-    "validation accuracy": ("/avg@*", "/pass@*", "/maj@*"),
+    "validation accuracy": ("/avg@*", "/maj@*"),
     "training accuracy": ("acc/before_filter", "acc/after_filter"),
     "reward": ("reward/mean",),
     "response length (tokens)": ("response_length/mean",),
@@ -56,11 +56,12 @@ def plot_runs(run_dirs: list[str | Path], out: str | Path) -> None:
                 steps, values = find_series(rows, pattern)
                 axis.plot(steps, values, style, color=f"C{i}", marker="." if len(steps) < 15 else "")
         if len(patterns) > 1:
-            handles = [plt.Line2D([], [], color="grey", linestyle=style) for style in STYLES[:len(patterns)]]
+            handles = [plt.Line2D([], [], color="black", linestyle=style) for style in STYLES[:len(patterns)]]
             axis.legend(handles, [p.strip("/*").rpartition("/")[2].replace("@", "@k") for p in patterns], fontsize=8)
+        if title.startswith("clipped"):
+            axis.set_yscale("symlog", linthresh=1e-4)  # small, and zero at times
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))], list(runs),
                   loc="outside upper center", ncols=4)
@@ -78,7 +79,7 @@ def main() -> None:
         plot_runs(args.runs, args.out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    print(args.out)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ A verifier of your own: a function `score(response, ground_truth, **row)` in any
 import importlib.util
 import math
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +85,20 @@ def load_verifier(name: str) -> Callable:
 
 def judge(verifier: Callable, response: str, ground_truth: str, row: dict) -> Score:
     """Call a verifier; a plain number becomes a `Score`. Raises ValueError where it fails or is not finite."""
+    columns = {key: value for key, value in row.items() if key not in ("response", "ground_truth")}
     try:
-        columns = {key: value for key, value in row.items() if key not in ("response", "ground_truth")}
         verdict = verifier(response, ground_truth, **columns)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        hint = " (it gets all of the row's columns: end its arguments with **row)" * ("keyword argument" in str(error))
+        raise ValueError(f"the reward function raised {type(error).__name__}: {error}{hint} "
+                         f"at {Path(where.filename).name}:{where.lineno}") from error
+    try:
         if not isinstance(verdict, Score):
             verdict = Score(float(verdict) > 0, verdict)
         verdict = Score(float(verdict.acc), float(verdict.score), str(verdict.pred))
-    except Exception as error:
-        raise ValueError(f"the reward function raised {type(error).__name__}: {error}") from error
+    except (TypeError, ValueError):
+        raise ValueError(f"the reward function returned {verdict!r}: a number or a Score is expected") from None
     if not (math.isfinite(verdict.score) and math.isfinite(verdict.acc)):
         raise ValueError(f"the reward function returned {verdict.score} with accuracy {verdict.acc}")
     return verdict

@@ -43,14 +43,14 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         seeds: for each prompt, integers that determine all that is sampled for it.
         temperature: 0 takes the most probable token.
         max_num_seqs: responses written at a time.
-        progress: what to call this on a progress bar, where there is more than one batch; "" shows none.
+        progress: what to call this on a progress bar, should it take more than seconds; "" shows none.
     """
     training = model.training
     model.eval()  # gradient checkpointing, which only works in training mode, would drop the cache
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     chunk = max(1, max_num_seqs // n)
     starts, groups = range(0, len(prompts), chunk), []
-    for start in tqdm(starts, desc=progress, disable=not progress or len(starts) < 2, leave=False):
+    for start in tqdm(starts, desc=progress, disable=not progress, leave=False, delay=10):
         uniforms = np.stack([np.random.default_rng([*seed, sample]).random(max_tokens, dtype=np.float32)
                              for seed in seeds[start:start + chunk] for sample in range(n)])
         rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,

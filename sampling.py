@@ -58,11 +58,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, ready to train on. Log-probs are (T,) tensors on the CPU; `trains` is False where it is masked."""
+    """One response, ready to train on. `trains` is False where it is masked out of the loss.
+
+    Log-probs are (T,) tensors on the CPU: `rollout_logprobs` as they were when it was sampled,
+    `old_logprobs` as the trainer computes the same, `ref_logprobs` of the initial policy.
+    """
     prompt_ids: list[int]
     response_ids: np.ndarray
     advantage: float
     trains: bool = True
+    rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
@@ -108,7 +113,8 @@ def read_task(place: str, row: dict, prompt_key: str, answer_key: str, answer_re
     if answer_regex:
         match = re.search(answer_regex, answer)
         if not match or not match.group(1):
-            raise ValueError(f"{place}: data.answer_regex {answer_regex!r} does not match the answer {answer[-40:]!r}")
+            raise ValueError(f"{place}: data.answer_regex {answer_regex!r} does not match the answer {answer[-40:]!r}: "
+                             "mend one of them")
         answer = match.group(1).strip()
     return str(row[prompt_key]), answer
 
@@ -217,7 +223,7 @@ def collate(samples: list[Sample], pad_id: int, device="cpu") -> dict[str, Tenso
              "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0), "responses": right,
              "mask": response_mask & torch.tensor([[s.trains] for s in samples]),
              "advantages": torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)}
-    for name in ("old_logprobs", "ref_logprobs"):
+    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
         rows = [getattr(s, name) for s in samples]
         if all(row is not None for row in rows):
             batch[name] = pad_sequence(rows, batch_first=True)

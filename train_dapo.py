@@ -11,6 +11,7 @@ a step trains on fewer groups (the paper samples on without a limit).
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -94,22 +95,25 @@ def groups_to_train(run: "Run", step: int, buffer: list[Group], generated: list[
 def describe(step: int, buffer: list[Group], generated: list[Group], gen_batches: int) -> str:
     """How a buffer that did not fill came about, and what to do."""
     right, wrong = (mean(all(acc == value for acc in group.metric("acc")) for group in generated) for value in (1, 0))
+    cut = mean(response.finish_reason == "length" for group in generated for response in group.responses)
+    advice = f"use {'harder' if right > wrong else 'easier'} prompts, or raise filter_groups.max_num_gen_batches"
+    if cut > 0.5:
+        advice = "raise data.max_response_length; or, if they used to end, the policy collapsed: lower actor.lr"
     return (f"step {step} kept {len(buffer)} of {len(generated)} groups after {gen_batches} generation batches; "
-            f"{right:.0%} all-correct, {wrong:.0%} all-wrong: use {'harder' if right > wrong else 'easier'} prompts, "
-            "or raise filter_groups.max_num_gen_batches")
+            f"{right:.0%} all-correct, {wrong:.0%} all-wrong, {cut:.0%} of responses truncated: {advice}")
 
 
 def write_groups(run: "Run", batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
     """Lines 3 to 5: the policy as it now stands writes `rollout.n` responses to each prompt; they are judged."""
     config = run.config
     positions, prompts = zip(*batch, strict=True)
-    rollout = config.rollout
-    responses, scores = write_and_judge(run, prompts, positions, f"step {step}", rollout.n, rollout.temperature,
-                                        rollout.top_p, timer)
+    responses, scores = write_and_judge(run, prompts, positions, f"step {step}", config.rollout.n,
+                                        config.rollout.temperature, config.rollout.top_p, timer)
     groups = []
-    for row in zip(positions, prompts, responses, scores, strict=True):
-        rewards = [score.score + overlong_shaping(config, response) for response, score in zip(*row[2:], strict=True)]
-        groups.append(Group(*row, rewards=rewards, final_rewards=rewards))
+    for position, prompt, written, judged in zip(positions, prompts, responses, scores, strict=True):
+        rewards = [score.score + overlong_shaping(config, response)
+                   for response, score in zip(written, judged, strict=True)]
+        groups.append(Group(position, prompt, written, judged, rewards, final_rewards=rewards))
     if config.algorithm.use_kl_in_reward:
         with timer("logprobs"):
             groups = subtract_kl(run, groups)
@@ -137,7 +141,8 @@ def subtract_kl(run: "Run", groups: list[Group]) -> list[Group]:
 def make_samples(config: SimpleNamespace, groups: list[Group], advantages: Tensor) -> list[Sample]:
     """The groups' responses in one flat list, each with its advantage: what mini-batches are drawn from."""
     masked = {"length"} if config.algorithm.overlong_filtering else set()
-    return [Sample(group.prompt.token_ids, response.token_ids, advantage, response.finish_reason not in masked)
+    return [Sample(group.prompt.token_ids, response.token_ids, advantage, response.finish_reason not in masked,
+                   torch.from_numpy(response.logprobs))
             for group, row in zip(groups, advantages.tolist(), strict=True)
             for response, advantage in zip(group.responses, row, strict=True)]
 
@@ -155,10 +160,10 @@ def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict
     sums, losses, norms = defaultdict(float), [], []
     with timer("update"):
         for number, indices in enumerate(batches):
-            mini = [samples[i] if number else replace(samples[i], old_logprobs=None) for i in indices]
+            mini = [samples[i] for i in indices]
             if not any(sample.trains for sample in mini):  # all truncated, and filtered out
                 continue
-            stats = accumulate_gradients(run, mini)
+            stats = accumulate_gradients(run, mini, on_policy=number == 0)
             losses.append(stats.pop("loss"))
             norms.append(float(run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)))
             if not (math.isfinite(norms[-1]) and math.isfinite(losses[-1])):
@@ -191,7 +196,7 @@ def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Samp
     return samples
 
 
-def accumulate_gradients(run: "Run", mini: list[Sample]) -> dict[str, float]:
+def accumulate_gradients(run: "Run", mini: list[Sample], on_policy: bool) -> dict[str, float]:
     """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics."""
     config, accelerator = run.config, run.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
@@ -203,7 +208,7 @@ def accumulate_gradients(run: "Run", mini: list[Sample]) -> dict[str, float]:
         batch = make_batch(run, mini, indices)
         with nullcontext() if indices is micros[-1] else accelerator.no_sync(run.policy):
             with accelerator.autocast():
-                loss, stats = micro_batch_loss(config, run.policy, batch, num_tokens, num_seqs)
+                loss, stats = micro_batch_loss(config, run.policy, batch, on_policy, num_tokens, num_seqs)
             accelerator.backward(loss * accelerator.num_processes)  # since gradients are averaged over them
         for name, value in stats.items():
             sums[name] = sums[name] + value
@@ -211,14 +216,19 @@ def accumulate_gradients(run: "Run", mini: list[Sample]) -> dict[str, float]:
     return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens}
 
 
-def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], num_tokens: int,
-                     num_seqs: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the loss: equation 8, negated, and what ablations add. And sums of statistics."""
+def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], on_policy: bool,
+                     num_tokens: int, num_seqs: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the loss: equation 8, negated, and what ablations add. And sums of statistics.
+
+    `on_policy`: the model is still the one that wrote the responses, so its log-probs are the old ones.
+    """
     actor, mask = config.actor, batch["mask"]
     logprobs, entropy = response_logprobs(model, batch, config.rollout.temperature)  # (B, T) each
-    loss, stats = policy_loss(logprobs, batch.get("old_logprobs", logprobs), batch["advantages"], mask,
-                              actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c)
+    old = logprobs.detach() if on_policy else batch["old_logprobs"]
+    loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low, actor.clip_ratio_high,
+                              actor.clip_ratio_c)
     stats["entropy"] = entropy.detach()[mask].sum(dtype=torch.float64)
+    stats["rollout_diff"] = (old - batch["rollout_logprobs"]).abs()[mask].sum(dtype=torch.float64)
     if actor.entropy_coeff:
         loss = loss - actor.entropy_coeff * entropy
     if actor.use_kl_loss:
@@ -317,6 +327,7 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
         set_seed(config.seed)
         transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
         verifier, tokenizer = load_verifier(config.reward.name), load(AutoTokenizer, config.model.path)
         prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
         policy = load_model(config)
@@ -337,7 +348,8 @@ def load(auto_class, path: str, **how):
     try:
         return auto_class.from_pretrained(path, **how)
     except Exception as error:  # each library has its own
-        raise ValueError(f"model.path: cannot load {path}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"model.path: cannot load {path}: {reason}") from error
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:
@@ -360,10 +372,14 @@ def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path
     if not path:
         return []
     data = config.data
-    prompts, overlong = load_prompts(
-        path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
-        prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
-        prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
+    try:
+        prompts, overlong = load_prompts(
+            path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
+            prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
+            prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
+    except ValueError as error:
+        hint = " (val.file is read with the same data.* keys; `val.file=` goes without)" * (path == config.val.file)
+        raise ValueError(f"{error}{hint}") from error
     verb = "cut on the left" if data.overlong_prompts == "truncate_left" else "dropped"
     accelerator.print(f"{path}: {len(prompts)} prompts" + (
         f"; {overlong} of more than {data.max_prompt_length} tokens were {verb}" if overlong else ""))
@@ -395,6 +411,8 @@ def save_model(run: Run, name: str) -> None:
         aside = run_dir / f".{name}.partial"
         run.accelerator.unwrap_model(run.policy).save_pretrained(aside)
         run.tokenizer.save_pretrained(aside)
+        for file in aside.iterdir():
+            file.chmod(0o644)  # safetensors leaves weights to their owner
         aside.rename(run_dir / name)
     run.accelerator.wait_for_everyone()  # a process that ends takes the others with it
 
@@ -453,7 +471,7 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
 def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[float], norms: list[float]) -> dict:
     """What an update did: means over its optimizer steps (loss, gradient norm) or its trained tokens (all else)."""
     tokens = sums["tokens"]
-    names = ["entropy", "token_prob", "ratio", "kl", "clip_up", "clip_down"]
+    names = ["entropy", "token_prob", "ratio", "kl", "rollout_diff", "clip_up", "clip_down"]
     names += ["clip_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
     return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms),
             **{f"actor/{name}": sums[name] / tokens for name in names},
@@ -495,7 +513,7 @@ def record(run: Run, metrics: dict, groups: list[Group]) -> None:
 
 def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt]) -> dict[int, Evaluation]:
     """Train, with validation, recording and a progress bar around the algorithm. Returns the evaluations by step."""
-    config, evaluations = run.config, {}
+    config, evaluations, accuracy = run.config, {}, ""
     last, set_name = config.total_training_steps, Path(config.val.file).stem
 
     def validation(step: int) -> dict[str, float]:
@@ -512,8 +530,11 @@ def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt]) -> 
     with tqdm(train(run, prompts), "DAPO", last, disable=not run.accelerator.is_main_process) as bar:
         for metrics, groups in bar:
             record(run, metrics | validation(metrics["step"]), groups)
-            bar.set_postfix_str(f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}, length "
-                                f"{metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
+            if evaluations:
+                accuracy = f", val {evaluations[max(evaluations)].metrics[f'avg@{config.val.n}']:.3f}"
+            bar.set_postfix_str(f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}"
+                                f"{accuracy}, length {metrics['response_length/mean']:.0f}, "
+                                f"kept {metrics['groups/kept']:.0%}", refresh=False)
     return evaluations
 
 
@@ -530,8 +551,8 @@ def report(run: Run, evaluations: dict[int, Evaluation], seconds: float) -> None
 
 
 def main() -> None:
-    """Set up, train, save; what goes wrong in between leaves the last good policy behind."""
-    config = read_command_line(__doc__)
+    """Set up, train, save; a failure or Ctrl-C in between leaves the last good policy behind."""
+    config = read_command_line("Train a policy with DAPO.")
     with one_line_errors():
         check_run_dir(config.run_dir)
     run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
@@ -540,11 +561,12 @@ def main() -> None:
         open_run_dir(run)
     try:
         evaluations = run_training(run, prompts, val_prompts)
-    except SystemExit as error:
-        if not run.optimizer.state:  # nothing was learned yet
-            raise
-        save_model(run, "last_good_model")
-        raise SystemExit(f"{error}. The policy as it was is in {config.run_dir}/last_good_model") from None
+    except (SystemExit, KeyboardInterrupt) as error:
+        kept = ""
+        if run.optimizer.state:  # something was learned
+            save_model(run, "last_good_model")
+            kept = f". The policy as it was is in {config.run_dir}/last_good_model"
+        raise SystemExit(f"{'interrupted' if isinstance(error, KeyboardInterrupt) else error}{kept}") from None
     save_model(run, "model")
     if run.accelerator.is_main_process:
         plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")

@@ -61,13 +61,15 @@ def write_reward(tmp_path, body):
     (["reward.name=maths"], "error: reward.name: 'maths' is neither `math` nor"),
     (["data.max_prompt_length=2"], "error: toy/train.jsonl: all 5000 prompts are longer than data.max_prompt_length=2"),
     (["data.prompt_key=question"], "error: toy/train.jsonl:1: no 'question' .it has: prompt, answer, level"),
+    (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no 'task'.*`val.file=` goes without"),
     (["log_with=nothing"], "error: .*nothing"),
     (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
     (["data.max_response_length=500"], "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256"),
 ])
 def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, message):
+    (tmp_path / "mine.jsonl").write_text('{"task": "a1 b+1?", "answer": "2"}\n')
     with pytest.raises(SystemExit, match=message) as error:
-        start(*overrides)
+        start(*(override.format(mine=tmp_path / "mine.jsonl") for override in overrides))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -94,11 +96,21 @@ def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path, 
     start("total_training_steps=1")  # so the same directory is free once the mistake is mended
 
 
+def test_ctrl_c_keeps_the_policy_and_is_one_line(start, tmp_path, monkeypatch):
+    import train_dapo
+    original = train_dapo.update
+    monkeypatch.setattr(train_dapo, "update", lambda run, samples, step, timer: original(run, samples, step, timer)
+                        if step < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="interrupted. The policy as it was is in .*last_good_model"):
+        start()
+    assert (tmp_path / "run/last_good_model/model.safetensors").exists()
+
+
 def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path):
     """The reward breaks at a certain step; metrics so far and the policy as it was are on disk."""
     body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
             "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
-    with pytest.raises(SystemExit, match=r"step 2, prompt .*enough. The policy as it was is in .*last_good_model"):
+    with pytest.raises(SystemExit, match=r"step 2, prompt .*enough at mine.py:4. The policy as it was is in .*last_good_model"):
         start(write_reward(tmp_path, body))
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "run/last_good_model/model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_the_readmes_reward_runs(start, tmp_path):
     run_dir = start(f"reward.name={tmp_path / 'my_reward.py'}:score", "total_training_steps=1", "filter_groups.metric=score")
     samples = [json.loads(line) for line in (run_dir / "rollouts/step_00001.jsonl").read_text().splitlines()]
     assert {abs(s["score"]) for s in samples} - {1.0}  # levels
+
+
+def test_the_readmes_own_data_example_runs(start, tmp_path):
+    (row, overrides), = re.findall(r"echo '(.*)' > mine.jsonl\n.*run_dir=runs/own data.train_file=mine.jsonl (.*)", README)
+    (tmp_path / "mine.jsonl").write_text(row + "\n")
+    run_dir = start(f"data.train_file={tmp_path / 'mine.jsonl'}", *shlex.split(overrides))
+    assert json.loads((run_dir / "metrics.jsonl").read_text())["step"] == 1
 
 
 def test_the_readmes_figures_are_those_of_the_results_file():

@@ -208,8 +208,14 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch):
 
 def test_the_entropy_of_a_large_vocabulary_is_never_in_one_piece():
     """2,000 tokens x 50,000: 400 MB a copy in float32; what is kept for the backward pass stays far below."""
-    saved = []
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
     logits = torch.zeros(1, 2000, 50_000, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t):
-        token_logprobs(logits, torch.zeros(1, 2000, dtype=torch.long))
-    assert max(saved) <= 2 * logits.numel()  # the bfloat16 logits themselves, and no float32 copy of them
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = token_logprobs(logits, torch.zeros(1, 2000, dtype=torch.long))
+    assert len(saved) and results[0].requires_grad
+    assert sum(saved.values()) <= 1.1 * 2 * logits.numel()  # the bfloat16 logits themselves, and no float32 copy of them

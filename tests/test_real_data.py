@@ -80,7 +80,7 @@ def test_long_prompts_are_dropped_or_cut_and_counted(start, tiny_qwen, gsm8k, tm
 
 def test_the_math_verifier_on_a_random_model_skips_steps_and_says_why(start, tiny_qwen, gsm8k, tmp_path):
     """Nothing is ever right: the run must not divide by zero, hang or train on noise, but say so and stop."""
-    with pytest.raises(SystemExit, match="2 steps in a row were skipped.*0% all-correct, 100% all-wrong: use easier prompts"):
+    with pytest.raises(SystemExit, match="2 steps in a row were skipped.*0% all-correct, 100% all-wrong, .* truncated: "):
         start(*real(tiny_qwen, gsm8k, tmp_path, "reward.name=math", "filter_groups.metric=acc", "filter_groups.max_num_gen_batches=1",
                     "filter_groups.max_skipped_steps=1", "val.file="), config=RECIPE)
 

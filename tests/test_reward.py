@@ -96,12 +96,18 @@ def test_numpy_numbers_become_plain_ones(tmp_path):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("return float('nan')", "returned nan"), ("return float('inf')", "returned inf"), ("return None", "TypeError"),
-    ("from reward import Score; return Score(None, 1.0)", "TypeError"),
-    ("raise KeyError('q')", "KeyError"), ("return 'high'", "ValueError")])
+    ("return float('nan')", "returned nan"), ("return float('inf')", "returned inf"), ("return None", "returned None: a number or a Score is expected"),
+    ("from reward import Score; return Score(None, 1.0)", "returned Score.*a number or a Score"),
+    ("raise KeyError('q')", "raised KeyError: 'q' at mine.py:2"), ("return 'high'", "returned 'high'")])
 def test_a_verifier_that_fails_is_a_clear_error(tmp_path, body, message):
     with pytest.raises(ValueError, match=message):
         judge(write_verifier(tmp_path, body), "", "", {})
+
+
+def test_a_verifier_that_does_not_take_the_row_is_told_to(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(response, ground_truth):\n    return 1\n")
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'level' \(.*end its arguments with \*\*row\)"):
+        judge(load_verifier(f"{tmp_path / 'mine.py'}:score"), "", "", {"level": 2})
 
 
 @pytest.mark.parametrize("name", ["maths", "missing.py:score", "reward.py", "reward.py:nothing"])

@@ -104,6 +104,11 @@ def test_an_impossible_token_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
     tokens, _ = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 3, 3]
+    for size in range(40_000, 40_020):  # where rounding leaves the sum of all probabilities below 1
+        logits = torch.zeros(1, size)
+        logits[0, size // 2:] = -torch.inf
+        tokens, logprobs = sample_tokens(logits, torch.tensor([1 - 2**-24]), 1.0)
+        assert tokens.item() < size // 2 and logprobs.isfinite()
 
 
 def test_top_p_renormalises_to_the_nucleus():

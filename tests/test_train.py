@@ -32,13 +32,13 @@ def make_mini(run, prompts, lengths=(3, 50, 7, 90, 1, 22, 64, 5, 30, 11)):
 
     def near(logprobs):
         return logprobs + torch.from_numpy(rng.normal(0, 0.3, len(logprobs)))
-    return [replace(sample, old_logprobs=near(logprobs), ref_logprobs=near(logprobs))
+    return [replace(sample, rollout_logprobs=logprobs, old_logprobs=near(logprobs), ref_logprobs=near(logprobs))
             for sample, logprobs in zip(samples, logprobs_of(run, run.policy, samples), strict=True)]
 
 
 def gradient(run, mini):
     run.policy.zero_grad()
-    stats = accumulate_gradients(run, mini)
+    stats = accumulate_gradients(run, mini, on_policy=False)
     return torch.cat([p.grad.flatten() for p in run.policy.parameters()]), stats
 
 
@@ -121,12 +121,12 @@ def test_old_logprobs_are_of_the_policy_before_the_step_for_every_later_mini_bat
     before = logprobs_of(run, run.policy, samples)
     seen = []
     original = train_dapo.accumulate_gradients
-    monkeypatch.setattr(train_dapo, "accumulate_gradients", lambda run, mini: seen.append(mini) or original(run, mini))
+    monkeypatch.setattr(train_dapo, "accumulate_gradients", lambda run, mini, on_policy: seen.append((mini, on_policy)) or original(run, mini, on_policy))
     update(run, samples, 5, Timer())
     by_response = {len(sample.response_ids): old for sample, old in zip(samples, before, strict=True)}
-    assert [len(mini) for mini in seen] == [4, 3, 3] * 2
-    assert all(sample.old_logprobs is None for sample in seen[0])
-    for sample in (sample for mini in seen[1:] for sample in mini):
+    assert [len(mini) for mini, _ in seen] == [4, 3, 3] * 2
+    assert [on_policy for _, on_policy in seen] == [True] + [False] * 5
+    for sample in (sample for mini, _ in seen[1:] for sample in mini):
         assert torch.allclose(sample.old_logprobs, by_response[len(sample.response_ids)], atol=1e-5)
 
 
@@ -255,8 +255,8 @@ def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_run, monkeypat
     ((metrics, trained),) = train(run, prompts)
     assert len(asked) == 3  # exactly
     assert [group.position for group in trained] == [1, 7] and metrics["optimizer_steps"] == 1
-    assert ("step 1 kept 2 of 18 groups after 3 generation batches; 0% all-correct, 89% all-wrong: use easier prompts, "
-            "or raise filter_groups.max_num_gen_batches. This step trains on 2 groups.") in capsys.readouterr().out
+    assert ("step 1 kept 2 of 18 groups after 3 generation batches; 0% all-correct, 89% all-wrong, 0% of responses truncated: "
+            "use easier prompts, or raise filter_groups.max_num_gen_batches. This step trains on 2 groups.") in capsys.readouterr().out
 
 
 def test_at_the_limit_it_can_skip_the_step(make_run, monkeypatch, capsys):
@@ -271,7 +271,7 @@ def test_at_the_limit_it_can_skip_the_step(make_run, monkeypatch, capsys):
 def test_at_the_limit_it_can_stop_the_run(make_run, monkeypatch):
     run, prompts = make_run("filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=error")
     fake_policy(monkeypatch, lambda position: [1.0] * 4)
-    with pytest.raises(SystemExit, match="100% all-correct, 0% all-wrong: use harder prompts"):
+    with pytest.raises(SystemExit, match="100% all-correct, 0% all-wrong, 0% of responses truncated: use harder prompts"):
         list(train(run, prompts))
 
 
@@ -282,6 +282,12 @@ def test_nothing_kept_skips_the_step_a_bounded_number_of_times(make_run, monkeyp
     assert [next(steps)[0]["groups/trained"] for _ in range(3)] == [4, 0, 0]
     with pytest.raises(SystemExit, match="3 steps in a row were skipped, the last because: step 4 kept 0 of 6 groups"):
         next(steps)
+
+
+def test_a_collapsed_policy_is_not_taken_for_hard_prompts(make_run):
+    group = make_group(0, make_run()[1][0], [0.0, 0.0])
+    cut = replace(group, responses=[replace(response, finish_reason="length") for response in group.responses])
+    assert "100% of responses truncated: raise data.max_response_length; or" in train_dapo.describe(3, [], [cut], 1)
 
 
 def test_a_short_answer_is_not_preferred(make_run):
@@ -347,6 +353,12 @@ def test_a_run_leaves_everything_that_it_promises(start, capsys):
     before = AutoModelForCausalLM.from_pretrained("toy/base")
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(run_dir / "model").decode([0]) == "<eos>"
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_sampler_and_trainer_agree_on_every_logprob(start, checkpointing):
+    run_dir = start(f"model.gradient_checkpointing={checkpointing}", "rollout.temperature=0.8", "val.file=")
+    assert all(row["actor/rollout_diff"] < 1e-5 for row in rows(run_dir))
 
 
 def test_the_same_seed_gives_the_same_run(start, tmp_path):
