@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dapo
+from losses import aggregate, policy_loss, response_logprobs
 from reward import Score
 from rollout import Response
-from sampling import Group, Prompt, Sample
+from sampling import Group, Prompt, Sample, collate
 from train_dapo import Timer, accumulate_gradients, groups_to_train, logprobs_of, make_samples, train, update
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -58,6 +59,11 @@ def test_the_gradient_is_the_same_for_one_micro_batch_and_for_five(make_run, mod
     assert one.abs().max() > 1e-3 and one_stats["clip_up"] > 0 and one_stats["clip_down"] > 0
     assert (one - five).abs().max() < 1e-6
     assert one_stats == pytest.approx(five_stats, rel=1e-9, abs=1e-9)  # the logged loss is the whole step's
+    if not extras:  # and is what the whole mini-batch gives in one piece, with counts of its own
+        batch = collate(mini, pad_id=0)
+        logprobs, _ = response_logprobs(run.policy, batch)
+        loss, _ = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"], 0.2, 0.28, 3.0)
+        assert aggregate(loss, batch["mask"], mode).item() == pytest.approx(one_stats["loss"], abs=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -353,6 +359,17 @@ def test_a_run_leaves_everything_that_it_promises(start, capsys):
     before = AutoModelForCausalLM.from_pretrained("toy/base")
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(run_dir / "model").decode([0]) == "<eos>"
+
+
+def test_the_runs_seed_and_the_place_in_the_prompt_stream_reach_the_sampler(make_run):
+    run, prompts = make_run()
+
+    def written(seed, position):
+        run.config.seed = seed
+        (group,) = train_dapo.write_groups(run, [(position, prompts[0])], 1, Timer())
+        return [response.token_ids.tolist() for response in group.responses]
+    assert written(0, 0) == written(0, 0)
+    assert len({str(written(*where)) for where in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))}) == 5
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
