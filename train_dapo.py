@@ -43,8 +43,8 @@ from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informati
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------------
 
-def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]]]:
-    """DAPO. Yields, after each step, its metrics and the groups it trained on."""
+def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group], Tensor]]:
+    """DAPO. Yields, after each step, its metrics, the groups it trained on, and their advantages (G, n)."""
     config, size = run.config, run.config.data.train_batch_size
     filtering, limit = config.filter_groups.enable, config.filter_groups.max_num_gen_batches
     draw_size = config.data.gen_batch_size if filtering else size
@@ -63,7 +63,7 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
         if skipped > config.filter_groups.max_skipped_steps:
             raise SystemExit(f"error: {skipped} steps in a row were skipped, the last because: "
                              + describe(step, buffer, generated, gen_batches))
-        stats = {}
+        stats, advantages = {}, torch.empty(0, config.rollout.n)
         if trained:
             rewards = torch.tensor([group.final_rewards for group in trained], dtype=torch.float64)  # (G, n)
             advantages = group_advantages(rewards, config.algorithm.norm_adv_by_std_in_grpo)  # 9: advantages
@@ -71,7 +71,7 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
             stats = update(run, samples, step, timer)                     # 10, 11: maximise the objective
             optimizer_steps += stats.pop("updates")
         yield {"step": step, "optimizer_steps": optimizer_steps, "prompts_drawn": position, "gen_batches": gen_batches,
-               **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained
+               **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained, advantages
 
 
 def groups_to_train(run: "Run", step: int, buffer: list[Group], generated: list[Group],
@@ -478,12 +478,11 @@ def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[
             "actor/clip_up_prob": sums["clip_up_prob"] / max(1, sums["clip_up"])}
 
 
-def rollout_rows(step: int, groups: list[Group], norm_by_std: bool) -> Iterator[str]:
+def rollout_rows(step: int, groups: list[Group], advantages: Tensor) -> Iterator[str]:
     """The lines of a rollout file: a response each, with all that was made of it."""
-    for group in groups:
-        advantages = group_advantages(torch.tensor([group.final_rewards], dtype=torch.float64), norm_by_std)[0].tolist()
+    for group, row in zip(groups, advantages.tolist(), strict=True):
         for response, score, reward, final, advantage in zip(group.responses, group.scores, group.rewards,
-                                                             group.final_rewards, advantages, strict=True):
+                                                             group.final_rewards, row, strict=True):
             yield json.dumps({
                 "step": step, "position": group.position, "prompt": group.prompt.text, "answer": group.prompt.answer,
                 "response": response.text, "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
@@ -499,15 +498,15 @@ def validate(run: Run, prompts: list[Prompt]) -> Evaluation:
     return evaluate(prompts, responses, scores, val.level_key)
 
 
-def record(run: Run, metrics: dict, groups: list[Group]) -> None:
+def record(run: Run, metrics: dict, groups: list[Group], advantages: Tensor) -> None:
     """Add a row to metrics.jsonl and the tracker, and a file to rollouts/."""
-    config, run_dir, step = run.config, Path(run.config.run_dir), metrics["step"]
+    run_dir, step, some = Path(run.config.run_dir), metrics["step"], slice(run.config.save_rollouts)
     run.accelerator.log(metrics, step=step)
     if run.accelerator.is_main_process:
         with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        if groups[:config.save_rollouts]:
-            rows = rollout_rows(step, groups[:config.save_rollouts], config.algorithm.norm_adv_by_std_in_grpo)
+        if groups[some]:
+            rows = rollout_rows(step, groups[some], advantages[some])
             (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
@@ -525,11 +524,11 @@ def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt]) -> 
             "time/validate": time.perf_counter() - start}
 
     if before := validation(0):
-        record(run, {"step": 0, **before}, [])
+        record(run, {"step": 0, **before}, [], torch.empty(0))
         run.accelerator.print("\n" + format_table({"before": evaluations[0]}) + "\n")
     with tqdm(train(run, prompts), "DAPO", last, disable=not run.accelerator.is_main_process) as bar:
-        for metrics, groups in bar:
-            record(run, metrics | validation(metrics["step"]), groups)
+        for metrics, groups, advantages in bar:
+            record(run, metrics | validation(metrics["step"]), groups, advantages)
             if evaluations:
                 accuracy = f", val {evaluations[max(evaluations)].metrics[f'avg@{config.val.n}']:.3f}"
             bar.set_postfix_str(f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}"

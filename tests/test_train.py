@@ -212,7 +212,7 @@ def mixed_where(condition):
 def test_sampling_goes_on_until_the_batch_is_full_then_clips_to_the_first(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((metrics, trained),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts)
     assert [len(batch) for batch in asked] == [6, 6] and asked[1][0] == 6
     assert [group.position for group in trained] == [0, 3, 6, 9]
     assert (metrics["gen_batches"], metrics["prompts_drawn"], metrics["groups/trained"]) == (2, 12, 4)
@@ -226,7 +226,7 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_trains(make_run, monk
     fake_policy(monkeypatch, mixed_where(lambda position: position == 2))
     seen = []
     monkeypatch.setattr(train_dapo, "update", lambda run, samples, *_: seen.extend(samples) or {"updates": 1})
-    ((_, trained),) = train(run, prompts)
+    ((_, trained, _),) = train(run, prompts)
     assert [group.position for group in trained] == [2]
     shaped = np.array([1.0, -1.01, -1.02, -1.03])
     expected = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-6)
@@ -236,7 +236,7 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_trains(make_run, monk
 def test_accuracy_before_and_after_the_filter_have_names_of_their_own(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((metrics, _),) = train(run, prompts)
+    ((metrics, _, _),) = train(run, prompts)
     assert metrics["acc/before_filter"] == pytest.approx(4 / 48) and metrics["acc/after_filter"] == pytest.approx(1 / 4)
 
 
@@ -244,21 +244,21 @@ def test_accuracy_before_and_after_the_filter_have_names_of_their_own(make_run, 
 def test_each_filter_metric_is_used(make_run, monkeypatch, metric, kept):
     run, prompts = make_run("total_training_steps=1", f"filter_groups.metric={metric}", "filter_groups.max_num_gen_batches=1")
     fake_policy(monkeypatch, mixed_where(lambda position: False))
-    ((metrics, _),) = train(run, prompts)
+    ((metrics, _, _),) = train(run, prompts)
     assert metrics["groups/trained"] == kept
 
 
 def test_without_the_filter_one_batch_of_train_batch_size_trains(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1", "filter_groups.enable=false")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: False))
-    ((metrics, trained),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts)
     assert [len(batch) for batch in asked] == [4] and len(trained) == 4 and metrics["responses/wasted"] == 0
 
 
 def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_run, monkeypatch, capsys):
     run, prompts = make_run("total_training_steps=1", "filter_groups.max_num_gen_batches=3")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position in (1, 7)))
-    ((metrics, trained),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts)
     assert len(asked) == 3  # exactly
     assert [group.position for group in trained] == [1, 7] and metrics["optimizer_steps"] == 1
     assert ("step 1 kept 2 of 18 groups after 3 generation batches; 0% all-correct, 89% all-wrong, 0% of responses truncated: "
@@ -268,7 +268,7 @@ def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_run, monkeypat
 def test_at_the_limit_it_can_skip_the_step(make_run, monkeypatch, capsys):
     run, prompts = make_run("total_training_steps=2", "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
     fake_policy(monkeypatch, mixed_where(lambda position: position == 1 or position >= 6))
-    (first, trained), (second, _) = train(run, prompts)
+    (first, trained, _), (second, _, _) = train(run, prompts)
     assert trained == [] and first["optimizer_steps"] == 0 and "actor/loss" not in first
     assert second["groups/trained"] == 4 and second["optimizer_steps"] == 2
     assert "This step is skipped" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_a_short_answer_is_not_preferred(make_run):
 def test_an_epochs_end_in_the_middle_of_a_fill_loses_no_group(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((_, trained),) = train(run, prompts[:5])  # the epoch ends within the first generation batch
+    ((_, trained, _),) = train(run, prompts[:5])  # the epoch ends within the first generation batch
     assert [group.position for group in trained] == [0, 3, 6, 9] and asked == [list(range(6)), list(range(6, 12))]
 
 
@@ -370,6 +370,16 @@ def test_the_runs_seed_and_the_place_in_the_prompt_stream_reach_the_sampler(make
         return [response.token_ids.tolist() for response in group.responses]
     assert written(0, 0) == written(0, 0)
     assert len({str(written(*where)) for where in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))}) == 5
+
+
+def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(start, monkeypatch):
+    original = train_dapo.group_advantages
+    monkeypatch.setattr(train_dapo, "group_advantages", lambda *arguments: 7 * original(*arguments))  # an ablation
+    run_dir = start("total_training_steps=1", "save_rollouts=1", "val.file=")
+    (path,) = (run_dir / "rollouts").iterdir()
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = 7 * original(torch.tensor([[s["final_reward"] for s in samples]], dtype=torch.float64))[0]
+    assert [s["advantage"] for s in samples] == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
