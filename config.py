@@ -1,7 +1,8 @@
 """What may be set, and to what? Reads config.yaml, a recipe and the command line into one checked namespace.
 
 config.yaml is the schema: its keys are all the keys there are, its values the defaults, and the brackets
-in its comments (`[float > 0]`, `[a | b]`) the types that every value is held to, its own included.
+in its comments (`[float > 0]`, `[a | b]`) the types that every value is held to, its own included. A star
+behind them (`[int >= 1]*`) marks what may differ when a run goes on from a checkpoint.
 """
 
 import argparse
@@ -65,6 +66,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SimpleNamesp
     return config
 
 
+def flatten(config: SimpleNamespace) -> dict[str, bool | int | float | str]:
+    """The values by dotted key: `actor.lr` -> 1e-6."""
+    return {f"{section}.{key}" if key else section: leaf for section, value in vars(config).items()
+            for key, leaf in (vars(value) if isinstance(value, SimpleNamespace) else {"": value}).items()}
+
+
+def differences(earlier: dict, config: SimpleNamespace) -> list[str]:
+    """The keys, as `key: earlier -> now`, in which `config` makes another run than the flat config `earlier` did."""
+    now, free = flatten(config), read_rules(free=True)
+    return [f"{key}: {earlier.get(key)} -> {now.get(key)}" for key in sorted(earlier.keys() | now.keys())
+            if key not in free and earlier.get(key) != now.get(key)]
+
+
 def check_schema(rules: dict[str, str], defaults: dict[str, str]) -> None:
     """Raise ValueError where config.yaml and the code disagree: the file that everyone edits has misprints too."""
     code = "".join(path.read_text("utf-8") for path in SCHEMA.parent.glob("*.py"))
@@ -110,14 +124,14 @@ class UniqueKeyLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_rules() -> dict[str, str]:
-    """What the brackets of config.yaml say of each key: `actor.lr` -> `float > 0`."""
+def read_rules(free: bool = False) -> dict[str, str]:
+    """What the brackets of config.yaml say of each key: `actor.lr` -> `float > 0`. `free`: of those with a star."""
     rules, section = {}, ""
     for line in SCHEMA.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"( *)(\w+):", line):
             indented, name = match.groups()
             section = section if indented else name
-            if rule := re.search(r"# \[(.*?)\]", line):
+            if (rule := re.search(r"# \[(.*?)\](\*?)", line)) and (rule.group(2) or not free):
                 rules[f"{section}.{name}" if indented else name] = rule.group(1)
     return rules
 

@@ -18,8 +18,9 @@ class Evaluation:
     """The figures of a validation set, whole (`metrics`) and for each level of difficulty (`by_level`)."""
     metrics: dict[str, float]
     by_level: dict[str, dict[str, float]]
-    examples: list[str]  # what the policy wrote for the first prompt
-    example_prompt: Prompt
+    prompt: str  # the first of them, its answer, and what the policy wrote
+    answer: str
+    examples: list[str]
 
 
 def majority_is_right(scores: Sequence[Score]) -> float:
@@ -50,7 +51,8 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
             levels.setdefault(prompt.row[level_key], []).append(i)
     by_level = {f"{level_key} {level}": summarise([responses[i] for i in rows], [scores[i] for i in rows])
                 for level, rows in sorted(levels.items(), key=lambda item: (str(type(item[0])), item[0]))}
-    return Evaluation(summarise(responses, scores), by_level, [r.text for r in responses[0]], prompts[0])
+    return Evaluation(summarise(responses, scores), by_level, prompts[0].text, prompts[0].answer,
+                      [response.text for response in responses[0]])
 
 
 def format_table(evaluations: dict[str, Evaluation]) -> str:

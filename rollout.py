@@ -26,6 +26,25 @@ class Response:
     finish_reason: str
 
 
+def pack(groups: Sequence[Sequence[Response]]) -> tuple:
+    """Responses as few flat arrays, to travel between processes: 8 bytes a token, and the texts."""
+    flat = [response for group in groups for response in group]
+    lengths = np.array([len(response.token_ids) for response in flat], dtype=np.int32)
+    return (lengths, np.array([response.finish_reason == "stop" for response in flat]),
+            np.concatenate([np.empty(0, np.int32), *(response.token_ids for response in flat)]),
+            np.concatenate([np.empty(0, np.float32), *(response.logprobs for response in flat)]),
+            [response.text for response in flat])
+
+
+def unpack(packed: tuple, n: int) -> list[list[Response]]:
+    """The groups of `n` responses that `pack` was given."""
+    lengths, stopped, token_ids, logprobs, texts = packed
+    ends = lengths.cumsum()[:-1]
+    flat = [Response(ids, values, text, "stop" if stop else "length") for ids, values, text, stop in
+            zip(np.split(token_ids, ends), np.split(logprobs, ends), texts, stopped, strict=True)] if texts else []
+    return [flat[i:i + n] for i in range(0, len(flat), n)]
+
+
 def stop_token_ids(model, tokenizer) -> list[int]:
     """Every token that ends a response: the model's generation config may name several."""
     configured = model.generation_config.eos_token_id

@@ -185,13 +185,16 @@ def mini_batches(num_samples: int, size: int, rng: np.random.Generator) -> list[
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens, padding included.
 
-    Sorted by length, so that little is padding, and dealt out in turn, so that ranks have alike work. A
-    rank with fewer batches than another gets empty ones: collectives need every rank in every pass.
+    Sorted by length, so that little is padding, and dealt out longest first to whichever rank has the fewest
+    tokens yet. A rank with fewer batches than another gets empty ones: collectives need every rank in every pass.
     """
-    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
-    shares = [_fill(by_length[r::world], samples, max_tokens) for r in range(world)]
-    most = max(map(len, shares))
-    return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
+    shares, tokens = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True):
+        least = tokens.index(min(tokens))
+        shares[least].append(i)
+        tokens[least] += len(samples[i])
+    batches = [_fill(share, samples, max_tokens) for share in shares]
+    return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
 
 
 def _fill(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:

@@ -2,54 +2,64 @@
 
     accelerate launch train_dapo.py --config config.yaml [key.sub=value ...]
 
-`train` is the algorithm; its lines carry the numbers of the paper's. This is the only file that knows
-of devices, ranks and Accelerate. Every process holds all of a step's responses and takes its share of
-each mini-batch, so that all of them decide alike and count the same tokens.
+`train` is the algorithm; its lines carry the numbers of the paper's. Every process holds all of a step's
+responses and takes its share of each mini-batch, so that all of them decide alike and count the same tokens.
 
 Departure from the paper: where `filter_groups.max_num_gen_batches` is reached before the batch is full,
 a step trains on fewer groups (the paper samples on without a limit).
 """
 
+import hashlib
 import json
-import logging
 import math
 import os
+import shlex
+import shutil
+import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import one_line_errors, read_command_line
+from checkpoint import (check_run_dir, find_checkpoint, is_sharded, load_checkpoint, lock_run_dir, read_progress,
+                        rename_whole, save_checkpoint, trim_run)
+from config import flatten, one_line_errors, read_command_line
 from evaluate import Evaluation, evaluate, format_table
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs
 from plot import plot_runs
-from reward import Score, judge, load_verifier, overlong_penalty
-from rollout import Response, generate
-from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informative, load_prompts, make_rng,
+from reward import Score, judge, overlong_penalty
+from rollout import Response, generate, pack, unpack
+from run import Run, set_up, sync_weights, whole_weights
+from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informative, make_rng,
                       micro_batches, mini_batches)
+
+COUNTERS = ("step", "prompts_drawn", "optimizer_steps", "skipped_in_a_row")  # metrics that say how far a run has come
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------------
 
-def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group], Tensor]]:
-    """DAPO. Yields, after each step, its metrics, the groups it trained on, and their advantages (G, n)."""
+def train(run: Run, prompts: list[Prompt], done: Counter) -> Iterator[tuple[dict, list[Group], Tensor]]:
+    """DAPO. Yields, after each step, its metrics, the groups it trained on, and their advantages (G, n).
+
+    `done` are the counters among the metrics of the last step before: an empty one to begin with.
+    """
     config, size = run.config, run.config.data.train_batch_size
     filtering, limit = config.filter_groups.enable, config.filter_groups.max_num_gen_batches
     draw_size = config.data.gen_batch_size if filtering else size
-    position = optimizer_steps = skipped = 0
-    for step in range(1, config.total_training_steps + 1):                # 1: for step = 1, ..., M
+    position, optimizer_steps, skipped = done["prompts_drawn"], done["optimizer_steps"], done["skipped_in_a_row"]
+    for step in range(done["step"] + 1, config.total_training_steps + 1):  # 1: for step = 1, ..., M
         timer, generated, buffer, gen_batches = Timer(), [], [], 0
         while len(buffer) < size and not (limit and gen_batches == limit):   # 7, 8: too few in the buffer: go on
             batch = draw_prompts(prompts, position, draw_size, config.seed)  # 2: sample a batch of prompts
@@ -71,10 +81,11 @@ def train(run: "Run", prompts: list[Prompt]) -> Iterator[tuple[dict, list[Group]
             stats = update(run, samples, step, timer)                     # 10, 11: maximise the objective
             optimizer_steps += stats.pop("updates")
         yield {"step": step, "optimizer_steps": optimizer_steps, "prompts_drawn": position, "gen_batches": gen_batches,
-               **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained, advantages
+               "skipped_in_a_row": skipped, **rollout_metrics(config, generated, buffer, trained), **stats,
+               **timer.metrics()}, trained, advantages
 
 
-def groups_to_train(run: "Run", step: int, buffer: list[Group], generated: list[Group],
+def groups_to_train(run: Run, step: int, buffer: list[Group], generated: list[Group],
                     gen_batches: int) -> list[Group]:
     """The first `train_batch_size` groups of the buffer, in the order of the prompt stream.
 
@@ -103,7 +114,7 @@ def describe(step: int, buffer: list[Group], generated: list[Group], gen_batches
             f"{right:.0%} all-correct, {wrong:.0%} all-wrong, {cut:.0%} of responses truncated: {advice}")
 
 
-def write_groups(run: "Run", batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
+def write_groups(run: Run, batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
     """Lines 3 to 5: the policy as it now stands writes `rollout.n` responses to each prompt; they are judged."""
     config = run.config
     positions, prompts = zip(*batch, strict=True)
@@ -127,7 +138,7 @@ def overlong_shaping(config: SimpleNamespace, response: Response) -> float:
                             buffer.penalty_factor) if buffer.enable else 0.0
 
 
-def subtract_kl(run: "Run", groups: list[Group]) -> list[Group]:
+def subtract_kl(run: Run, groups: list[Group]) -> list[Group]:
     """KL in the reward: kl_coef times the KL to the reference, summed over a response, comes off its reward."""
     algorithm, n = run.config.algorithm, run.config.rollout.n
     samples = [Sample(group.prompt.token_ids, r.token_ids, 0.0) for group in groups for r in group.responses]
@@ -147,7 +158,7 @@ def make_samples(config: SimpleNamespace, groups: list[Group], advantages: Tenso
             for response, advantage in zip(group.responses, row, strict=True)]
 
 
-def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict[str, float]:
+def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[str, float]:
     """Lines 10 and 11: `ppo_epochs` passes over shuffled mini-batches, an optimizer step each. Returns metrics."""
     config = run.config
     lr = config.actor.lr * min(1.0, step / max(1, config.actor.lr_warmup_steps))
@@ -165,7 +176,8 @@ def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict
                 continue
             stats = accumulate_gradients(run, mini, on_policy=number == 0)
             losses.append(stats.pop("loss"))
-            norms.append(float(run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)))
+            norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)
+            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
             if not (math.isfinite(norms[-1]) and math.isfinite(losses[-1])):
                 raise SystemExit(f"error: step {step}, update {len(losses)}: loss {losses[-1]}, gradient norm "
                                  f"{norms[-1]}; not applied. A lower actor.lr, or model.dtype float32, may help")
@@ -173,12 +185,13 @@ def update(run: "Run", samples: list[Sample], step: int, timer: "Timer") -> dict
             run.optimizer.zero_grad()
             for name, value in stats.items():
                 sums[name] += value
+        sync_weights(run)
     timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
     metrics = actor_metrics(config, sums, losses, norms) if losses else {}
     return {"updates": len(losses), "actor/lr": lr, **metrics}
 
 
-def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Sample]:
+def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample]:
     """The samples with old and reference log-probs, as far as a forward pass is needed for them.
 
     The first mini-batch meets the very policy that wrote it: its old log-probs are its log-probs, and need
@@ -196,7 +209,7 @@ def with_logprobs(run: "Run", samples: list[Sample], batches: list) -> list[Samp
     return samples
 
 
-def accumulate_gradients(run: "Run", mini: list[Sample], on_policy: bool) -> dict[str, float]:
+def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[str, float]:
     """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics."""
     config, accelerator = run.config, run.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
@@ -206,7 +219,10 @@ def accumulate_gradients(run: "Run", mini: list[Sample], on_policy: bool) -> dic
                            accelerator.num_processes)
     for indices in micros:
         batch = make_batch(run, mini, indices)
-        with nullcontext() if indices is micros[-1] else accelerator.no_sync(run.policy):
+        # Gradients are summed over the processes with the last one only; but where they are sharded, each time:
+        # what is not yet summed takes a whole model's memory.
+        accelerator.sync_gradients = last = indices is micros[-1]  # DeepSpeed takes its step in the last backward pass
+        with nullcontext() if last or is_sharded(accelerator) else accelerator.no_sync(run.policy):
             with accelerator.autocast():
                 loss, stats = micro_batch_loss(config, run.policy, batch, on_policy, num_tokens, num_seqs)
             accelerator.backward(loss * accelerator.num_processes)  # since gradients are averaged over them
@@ -241,7 +257,7 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
 
 # ---- what the processes share ---------------------------------------------------------------------------
 
-def write_and_judge(run: "Run", prompts, positions, purpose: str, n: int, temperature: float, top_p: float,
+def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperature: float, top_p: float,
                     timer: "Timer") -> tuple[list[list[Response]], list[list[Score]]]:
     """`n` responses to each prompt, and their scores, in the prompts' order.
 
@@ -253,15 +269,16 @@ def write_and_judge(run: "Run", prompts, positions, purpose: str, n: int, temper
     seeds = [tuple(make_rng(run.config.seed, purpose, at).integers(2**32, size=4).tolist()) for at in positions]
     with timer("generate"), run.accelerator.autocast():
         responses = generate(
-            run.accelerator.unwrap_model(run.policy), run.tokenizer, [prompt.token_ids for prompt in prompts], seeds, n,
+            run.writer, run.tokenizer, [prompt.token_ids for prompt in prompts], seeds, n,
             run.config.data.max_response_length, temperature, top_p, run.config.rollout.max_num_seqs,
             progress=purpose if run.accelerator.is_main_process else "")
     with timer("reward"):
         scores, failure = judge_all(run.verifier, prompts, responses)
-        results = gather_object([(positions, responses, scores, failure)])
+        results = gather_object([(positions, pack(responses), scores, failure)])
     if failures := [failure for *_, failure in results if failure]:
         raise SystemExit(f"error: {purpose}, {failures[0]}")
-    rows = sorted((row for *lists, _ in results for row in zip(*lists, strict=True)), key=lambda row: row[0])
+    rows = sorted((row for positions, packed, scores, _ in results
+                   for row in zip(positions, unpack(packed, n), scores, strict=True)), key=lambda row: row[0])
     timer.tokens["generate"] += sum(len(response.token_ids) for _, group, _ in rows for response in group)
     return [responses for _, responses, _ in rows], [scores for *_, scores in rows]
 
@@ -283,7 +300,7 @@ def judge_all(verifier: Callable, prompts, responses: list[list[Response]]) -> t
 
 
 @torch.no_grad()
-def logprobs_of(run: "Run", model: torch.nn.Module, samples: list[Sample]) -> list[Tensor]:
+def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list[Tensor]:
     """Each response's log-probs (T,) under `model`, on the CPU; the processes share the work."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     mine = {}
@@ -295,126 +312,76 @@ def logprobs_of(run: "Run", model: torch.nn.Module, samples: list[Sample]) -> li
     return [everyones[i] for i in range(len(samples))]
 
 
-def make_batch(run: "Run", samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
+def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
     """A micro-batch on the device. An empty one is a response that does not train: every rank must take part."""
     rows = [samples[i] for i in indices] or [replace(samples[0], trains=False)]
     return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device)
 
 
-# ---- setting up -----------------------------------------------------------------------------------------
+# ---- the directory of a run --------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Run:
-    """What all parts of a run share. `reference` is None where no KL term is on."""
-    config: SimpleNamespace
-    accelerator: Accelerator
-    tokenizer: transformers.PreTrainedTokenizerBase
-    policy: torch.nn.Module
-    reference: torch.nn.Module | None
-    optimizer: torch.optim.Optimizer
-    verifier: Callable
+def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[Counter, dict[str, Evaluation]]:
+    """Make the run's directory, go back to its newest checkpoint where there is one, and start the tracker.
 
-
-def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[list[Prompt]]]:
-    """The run, and the prompts of each of `files`: (path, how many at most or 0). Data first, since it is quick."""
-    on_cpu = not torch.cuda.is_available()
-    with one_line_errors():
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
-                                  log_with=config.log_with or None, project_dir=config.run_dir)
-        if config.log_with and not accelerator.log_with:
-            raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
-        if on_cpu:  # the launcher allows one thread
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-        set_seed(config.seed)
-        transformers.utils.logging.disable_progress_bar()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        verifier, tokenizer = load_verifier(config.reward.name), load(AutoTokenizer, config.model.path)
-        prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
-        policy = load_model(config)
-        with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
-        reference = load_model(config).to(accelerator.device).requires_grad_(False) if with_kl else None
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
-    policy, optimizer = accelerator.prepare(policy.train(), optimizer)
-    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
-    return Run(config, accelerator, tokenizer, policy, reference, optimizer, verifier), prompts
-
-
-def load(auto_class, path: str, **how):
-    """`auto_class.from_pretrained`, with one line of ValueError where that fails."""
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise ValueError(f"model.path: {path} is neither a directory nor a hub name (owner/name)")
-    try:
-        return auto_class.from_pretrained(path, **how)
-    except Exception as error:  # each library has its own
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"model.path: cannot load {path}: {reason}") from error
-
-
-def load_model(config: SimpleNamespace) -> torch.nn.Module:
-    """The model, without dropout: the policy that is trained must be the one that was sampled from."""
-    architecture = load(AutoConfig, config.model.path)
-    for name, value in architecture.to_dict().items():
-        if "drop" in name and isinstance(value, float):
-            setattr(architecture, name, 0.0)
-    longest = config.data.max_prompt_length + config.data.max_response_length
-    if longest > getattr(architecture, "max_position_embeddings", longest):
-        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, but "
-                         f"{config.model.path} has {architecture.max_position_embeddings} positions")
-    return load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
-                attn_implementation=config.model.attn_implementation)
-
-
-def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path: str,
-              max_prompts: int) -> list[Prompt]:
-    """The prompts of one file, with a word on those that are too long; none where `path` is empty."""
-    if not path:
-        return []
-    data = config.data
-    try:
-        prompts, overlong = load_prompts(
-            path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
-            prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
-            prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
-    except ValueError as error:
-        hint = " (val.file is read with the same data.* keys; `val.file=` goes without)" * (path == config.val.file)
-        raise ValueError(f"{error}{hint}") from error
-    verb = "cut on the left" if data.overlong_prompts == "truncate_left" else "dropped"
-    accelerator.print(f"{path}: {len(prompts)} prompts" + (
-        f"; {overlong} of more than {data.max_prompt_length} tokens were {verb}" if overlong else ""))
-    return prompts
-
-
-def check_run_dir(run_dir: str) -> None:
-    """Raise ValueError where an earlier run left results."""
-    if (Path(run_dir) / "metrics.jsonl").exists():
-        free = next(name for i in range(2, 10**6) if not Path(name := f"{run_dir}-{i}").exists())
-        raise ValueError(f"run_dir: {run_dir} holds an earlier run; name another, for instance run_dir={free}")
-
-
-def open_run_dir(run: Run) -> None:
-    """Make the run's directory, write the resolved config there, and start the tracker."""
-    config, resolved = run.config, json.loads(json.dumps(run.config, default=vars))
+    Returns the counters of the last step done, and the evaluations so far.
+    """
+    config, run_dir, progress = run.config, Path(run.config.run_dir), {"counters": {}, "evaluations": {}}
+    if path := find_checkpoint(run.accelerator, config.run_dir, config.resume):
+        progress = read_progress(path)
+        if progress["data"] != fingerprint(prompts):
+            raise ValueError(f"{path} is of a run on other prompts: data.train_file has changed; name another run_dir")
+        load_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, path)
+        run.accelerator.print(f"going on from {path}")
+    sync_weights(run)
     if run.accelerator.is_main_process:
-        (Path(config.run_dir) / "rollouts").mkdir(parents=True, exist_ok=True)
-        (Path(config.run_dir) / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in resolved.items()}
-    run.accelerator.init_trackers("dapo", {f"{name}.{key}".rstrip("."): value for name, section in sections.items()
-                                           for key, value in section.items()})
+        (run_dir / "rollouts").mkdir(exist_ok=True)
+        resolved = json.loads(json.dumps(config, default=vars))
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        trim_run(run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
+    run.accelerator.init_trackers("dapo", flatten(config))
+    return Counter(progress["counters"]), {name: Evaluation(**kept) for name, kept in progress["evaluations"].items()}
+
+
+def fingerprint(prompts: list[Prompt]) -> str:
+    """What tells two lists of prompts apart."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.token_ids, prompt.answer)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def save_model(run: Run, name: str) -> None:
     """Write policy and tokenizer as a transformers directory; aside first, so that a half-written one has no name."""
-    run_dir = Path(run.config.run_dir)
+    run_dir, policy = Path(run.config.run_dir), run.accelerator.unwrap_model(run.policy)
+    weights = {}
+    for key, weight in whole_weights(policy):
+        if run.accelerator.is_main_process:
+            weights[key] = weight.to("cpu", policy.dtype)
     if run.accelerator.is_main_process:
         aside = run_dir / f".{name}.partial"
-        run.accelerator.unwrap_model(run.policy).save_pretrained(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        policy.save_pretrained(aside, state_dict=weights)
         run.tokenizer.save_pretrained(aside)
         for file in aside.iterdir():
             file.chmod(0o644)  # safetensors leaves weights to their owner
-        aside.rename(run_dir / name)
+        rename_whole(aside, run_dir / name)
     run.accelerator.wait_for_everyone()  # a process that ends takes the others with it
+
+
+@contextmanager
+def finish_on_signal(accelerator: Accelerator) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for the end of the run after the current step; a second Ctrl-C ends it at once."""
+    def ask(number: int, _) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        accelerator.set_trigger()
+        if accelerator.is_main_process:
+            os.write(2, b"\nfinishing this step; Ctrl-C once more stops at once\n")  # print is not safe in a handler
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- what a run shows -----------------------------------------------------------------------------------
@@ -510,68 +477,100 @@ def record(run: Run, metrics: dict, groups: list[Group], advantages: Tensor) -> 
             (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt]) -> dict[int, Evaluation]:
-    """Train, with validation, recording and a progress bar around the algorithm. Returns the evaluations by step."""
-    config, evaluations, accuracy = run.config, {}, ""
-    last, set_name = config.total_training_steps, Path(config.val.file).stem
+def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], done: Counter,
+                 evaluations: dict[str, Evaluation]) -> bool:
+    """Train, with validation, recording, checkpoints and a progress bar around the algorithm.
+
+    Fills in `evaluations`, before and after. Returns whether the run came to its end: a signal stops it earlier.
+    """
+    config, last, set_name = run.config, run.config.total_training_steps, Path(run.config.val.file).stem
 
     def validation(step: int) -> dict[str, float]:
         if not val_prompts or not (step in (0, last) or (config.val.every and step % config.val.every == 0)):
             return {}
         start = time.perf_counter()
-        evaluations[step] = validate(run, val_prompts)
-        return {f"val/{set_name}/{name}": value for name, value in evaluations[step].metrics.items()} | {
+        evaluations["after" if step else "before"] = evaluation = validate(run, val_prompts)
+        return {f"val/{set_name}/{name}": value for name, value in evaluation.metrics.items()} | {
             "time/validate": time.perf_counter() - start}
 
-    if before := validation(0):
+    if not done["step"] and (before := validation(0)):
         record(run, {"step": 0, **before}, [], torch.empty(0))
-        run.accelerator.print("\n" + format_table({"before": evaluations[0]}) + "\n")
-    with tqdm(train(run, prompts), "DAPO", last, disable=not run.accelerator.is_main_process) as bar:
+        run.accelerator.print("\n" + format_table(evaluations) + "\n")
+    with tqdm(train(run, prompts, done), "DAPO", last, initial=done["step"],
+              disable=not run.accelerator.is_main_process) as bar:
         for metrics, groups, advantages in bar:
-            record(run, metrics | validation(metrics["step"]), groups, advantages)
-            if evaluations:
-                accuracy = f", val {evaluations[max(evaluations)].metrics[f'avg@{config.val.n}']:.3f}"
-            bar.set_postfix_str(f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}"
-                                f"{accuracy}, length {metrics['response_length/mean']:.0f}, "
-                                f"kept {metrics['groups/kept']:.0%}", refresh=False)
-    return evaluations
+            step = metrics["step"]
+            record(run, metrics | validation(step), groups, advantages)
+            bar.set_postfix_str(summary(config, metrics, evaluations), refresh=False)
+            stop = run.accelerator.check_trigger()  # whichever process was told
+            if stop or (config.save_every and (step == last or step % config.save_every == 0)):
+                save_progress(run, metrics, evaluations, prompts)
+            if config.save_model_every and step % config.save_model_every == 0:
+                save_model(run, f"model_step_{step:05d}")
+            if stop and step < last:
+                return False
+    return True
 
 
-def report(run: Run, evaluations: dict[int, Evaluation], seconds: float) -> None:
+def save_progress(run: Run, metrics: dict, evaluations: dict[str, Evaluation], prompts: list[Prompt]) -> None:
+    """Write a checkpoint of the run after the step that `metrics` are of."""
+    save_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, run.config.run_dir, {
+        "counters": {name: metrics[name] for name in COUNTERS}, "config": flatten(run.config),
+        "data": fingerprint(prompts), "evaluations": {name: asdict(figures) for name, figures in evaluations.items()},
+    }, run.config.keep_checkpoints)
+
+
+def summary(config: SimpleNamespace, metrics: dict, evaluations: dict[str, Evaluation]) -> str:
+    """What the progress bar says of a step."""
+    latest = evaluations.get("after", evaluations.get("before"))
+    return (f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}"
+            + (f", val {latest.metrics[f'avg@{config.val.n}']:.3f}" if latest else "")
+            + f", length {metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
+
+
+def report(run: Run, evaluations: dict[str, Evaluation], seconds: float) -> None:
     """Validation before and after, one problem's responses before and after, and where the results are."""
     if evaluations:
-        sides = {"before": evaluations[0], "after": evaluations[max(evaluations)]}
-        prompt = sides["before"].example_prompt
-        print("\n" + format_table(sides) + f"\n\n{prompt.text!r}, whose answer is {prompt.answer!r}:")
-        for title, evaluation in sides.items():
+        first = next(iter(evaluations.values()))
+        print("\n" + format_table(evaluations) + f"\n\n{first.prompt!r}, whose answer is {first.answer!r}:")
+        for title, evaluation in evaluations.items():
             print("\n".join(f"  {title:<8}{text!r}" for text in evaluation.examples[:4]))
-    print(f"\n{run.config.total_training_steps} steps in {seconds:.0f} s. "
-          f"{run.config.run_dir} has curves.png, metrics.jsonl, rollouts/ and model/")
+    print(f"\n{run.config.total_training_steps} steps; {seconds:.0f} s since the start. "
+          f"{run.config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")
 
 
 def main() -> None:
-    """Set up, train, save; a failure or Ctrl-C in between leaves the last good policy behind."""
+    """Set up, train, save. A failure in between leaves the last good policy behind, a signal a checkpoint."""
     config = read_command_line("Train a policy with DAPO.")
     with one_line_errors():
-        check_run_dir(config.run_dir)
+        check_run_dir(config)
     run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
     start = time.perf_counter()
     with one_line_errors():
-        open_run_dir(run)
+        lock = lock_run_dir(run.accelerator, config.run_dir)
+        done, evaluations = open_run_dir(run, prompts)
     try:
-        evaluations = run_training(run, prompts, val_prompts)
-    except (SystemExit, KeyboardInterrupt) as error:
+        with finish_on_signal(run.accelerator), one_line_errors():
+            finished = run_training(run, prompts, val_prompts, done, evaluations)
+    except SystemExit as error:
         kept = ""
         if run.optimizer.state:  # something was learned
             save_model(run, "last_good_model")
             kept = f". The policy as it was is in {config.run_dir}/last_good_model"
-        raise SystemExit(f"{'interrupted' if isinstance(error, KeyboardInterrupt) else error}{kept}") from None
-    save_model(run, "model")
-    if run.accelerator.is_main_process:
+        raise SystemExit(f"{error}{kept}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from the last checkpoint") from None
+    if finished:
+        save_model(run, "model")
+    if run.accelerator.is_main_process and finished:
         plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
         report(run, evaluations, time.perf_counter() - start)
+    elif run.accelerator.is_main_process:
+        command = [argument for argument in sys.argv if not argument.startswith("resume=")]
+        print(f"stopped, and saved. To go on: accelerate launch {shlex.join(command)}")
     run.accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after the others
     run.accelerator.end_training()
+    lock.release()
 
 
 if __name__ == "__main__":

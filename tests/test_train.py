@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import train_dapo
 from losses import aggregate, policy_loss, response_logprobs
 from reward import Score
 from rollout import Response
+from run import load_model
 from sampling import Group, Prompt, Sample, collate
 from train_dapo import Timer, accumulate_gradients, groups_to_train, logprobs_of, make_samples, train, update
 
@@ -181,7 +183,7 @@ def test_a_model_with_dropout_trains_without_it(tmp_path):
     GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "m")
     from config import load_config
     config = load_config("config.yaml", [f"model.path={tmp_path / 'm'}", "data.max_prompt_length=8", "data.max_response_length=24"])
-    model = train_dapo.load_model(config).train()
+    model = load_model(config).train()
     ids = torch.arange(20)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
 
@@ -212,7 +214,7 @@ def mixed_where(condition):
 def test_sampling_goes_on_until_the_batch_is_full_then_clips_to_the_first(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((metrics, trained, _),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts, Counter())
     assert [len(batch) for batch in asked] == [6, 6] and asked[1][0] == 6
     assert [group.position for group in trained] == [0, 3, 6, 9]
     assert (metrics["gen_batches"], metrics["prompts_drawn"], metrics["groups/trained"]) == (2, 12, 4)
@@ -226,7 +228,7 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_trains(make_run, monk
     fake_policy(monkeypatch, mixed_where(lambda position: position == 2))
     seen = []
     monkeypatch.setattr(train_dapo, "update", lambda run, samples, *_: seen.extend(samples) or {"updates": 1})
-    ((_, trained, _),) = train(run, prompts)
+    ((_, trained, _),) = train(run, prompts, Counter())
     assert [group.position for group in trained] == [2]
     shaped = np.array([1.0, -1.01, -1.02, -1.03])
     expected = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-6)
@@ -236,7 +238,7 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_trains(make_run, monk
 def test_accuracy_before_and_after_the_filter_have_names_of_their_own(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((metrics, _, _),) = train(run, prompts)
+    ((metrics, _, _),) = train(run, prompts, Counter())
     assert metrics["acc/before_filter"] == pytest.approx(4 / 48) and metrics["acc/after_filter"] == pytest.approx(1 / 4)
 
 
@@ -244,21 +246,21 @@ def test_accuracy_before_and_after_the_filter_have_names_of_their_own(make_run, 
 def test_each_filter_metric_is_used(make_run, monkeypatch, metric, kept):
     run, prompts = make_run("total_training_steps=1", f"filter_groups.metric={metric}", "filter_groups.max_num_gen_batches=1")
     fake_policy(monkeypatch, mixed_where(lambda position: False))
-    ((metrics, _, _),) = train(run, prompts)
+    ((metrics, _, _),) = train(run, prompts, Counter())
     assert metrics["groups/trained"] == kept
 
 
 def test_without_the_filter_one_batch_of_train_batch_size_trains(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1", "filter_groups.enable=false")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: False))
-    ((metrics, trained, _),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts, Counter())
     assert [len(batch) for batch in asked] == [4] and len(trained) == 4 and metrics["responses/wasted"] == 0
 
 
 def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_run, monkeypatch, capsys):
     run, prompts = make_run("total_training_steps=1", "filter_groups.max_num_gen_batches=3")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position in (1, 7)))
-    ((metrics, trained, _),) = train(run, prompts)
+    ((metrics, trained, _),) = train(run, prompts, Counter())
     assert len(asked) == 3  # exactly
     assert [group.position for group in trained] == [1, 7] and metrics["optimizer_steps"] == 1
     assert ("step 1 kept 2 of 18 groups after 3 generation batches; 0% all-correct, 89% all-wrong, 0% of responses truncated: "
@@ -268,7 +270,7 @@ def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_run, monkeypat
 def test_at_the_limit_it_can_skip_the_step(make_run, monkeypatch, capsys):
     run, prompts = make_run("total_training_steps=2", "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
     fake_policy(monkeypatch, mixed_where(lambda position: position == 1 or position >= 6))
-    (first, trained, _), (second, _, _) = train(run, prompts)
+    (first, trained, _), (second, _, _) = train(run, prompts, Counter())
     assert trained == [] and first["optimizer_steps"] == 0 and "actor/loss" not in first
     assert second["groups/trained"] == 4 and second["optimizer_steps"] == 2
     assert "This step is skipped" in capsys.readouterr().out
@@ -278,13 +280,13 @@ def test_at_the_limit_it_can_stop_the_run(make_run, monkeypatch):
     run, prompts = make_run("filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=error")
     fake_policy(monkeypatch, lambda position: [1.0] * 4)
     with pytest.raises(SystemExit, match="100% all-correct, 0% all-wrong, 0% of responses truncated: use harder prompts"):
-        list(train(run, prompts))
+        list(train(run, prompts, Counter()))
 
 
 def test_nothing_kept_skips_the_step_a_bounded_number_of_times(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=9", "filter_groups.max_num_gen_batches=1", "filter_groups.max_skipped_steps=2")
     fake_policy(monkeypatch, mixed_where(lambda position: position < 6))  # the first step trains
-    steps = train(run, prompts)
+    steps = train(run, prompts, Counter())
     assert [next(steps)[0]["groups/trained"] for _ in range(3)] == [4, 0, 0]
     with pytest.raises(SystemExit, match="3 steps in a row were skipped, the last because: step 4 kept 0 of 6 groups"):
         next(steps)
@@ -307,7 +309,7 @@ def test_a_short_answer_is_not_preferred(make_run):
 def test_an_epochs_end_in_the_middle_of_a_fill_loses_no_group(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((_, trained, _),) = train(run, prompts[:5])  # the epoch ends within the first generation batch
+    ((_, trained, _),) = train(run, prompts[:5], Counter())  # the epoch ends within the first generation batch
     assert [group.position for group in trained] == [0, 3, 6, 9] and asked == [list(range(6)), list(range(6, 12))]
 
 
@@ -418,12 +420,13 @@ def test_a_tracker_gets_the_metrics(start):
     assert logged["reward/mean"] == pytest.approx(rows(run_dir)[-1]["reward/mean"], abs=1e-6)
 
 
-def test_an_earlier_run_is_never_written_into(start, tmp_path, capsys):
+def test_an_earlier_run_is_never_written_into(start):
     run_dir = start()
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit, match=f"run_dir: {run_dir} holds an earlier run; name another, for instance run_dir={run_dir}-2"):
-        start()
-    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for overrides in ([], ["seed=1"], ["resume=never"]):
+        with pytest.raises(SystemExit, match=f"run_dir: {run_dir} .*; .*name another, for instance run_dir={run_dir}-2"):
+            start(*overrides)
+        assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 def test_a_few_steps_improve_the_policy(start):

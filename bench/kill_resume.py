@@ -1,0 +1,100 @@
+"""Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing had happened.
+
+    python bench/kill_resume.py [--kills 20] [--seed 0] [key.sub=value ...]        about 8 minutes on 2 cores
+
+Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times aside),
+rollout files and final weights must be identical. Exits with 1 on any difference.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+MOMENTS = ("anywhere", "in a step", "while saving")
+
+
+def start(run_dir: Path, overrides: list[str], log) -> subprocess.Popen:
+    """The trainer as a process of its own: the launcher would be killed in its place."""
+    return subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
+                             "save_every=1", *overrides], cwd=ROOT, stdout=log, stderr=log)
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The whole rows of metrics.jsonl, without what depends on the clock."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith(("time/", "tokens_per_s/"))}
+            for line in lines if line.endswith("\n")]
+
+
+def wait_for(moment: str, process: subprocess.Popen, run_dir: Path, rng: random.Random) -> None:
+    """Return when it is time to kill, or the process has ended."""
+    before, saving, delay = len(rows(run_dir)), False, rng.uniform(0, 12)
+    start_time = time.perf_counter()
+    while process.poll() is None:
+        if moment == "anywhere" and time.perf_counter() - start_time > delay:
+            return
+        if moment == "in a step" and len(rows(run_dir)) > before:  # a step ended: the kill comes in one of the next
+            time.sleep(delay / 4)
+            return
+        saving = any((run_dir / "checkpoints").glob(".step_*.partial"))
+        if moment == "while saving" and saving:
+            time.sleep(rng.uniform(0, 0.03))
+            return
+        time.sleep(0.002)
+
+
+def differences(straight: Path, broken: Path) -> list[str]:
+    """What is not identical in two runs' directories."""
+    found = [] if rows(straight) == rows(broken) else ["metrics.jsonl"]
+    files = {path.relative_to(straight) for path in [*straight.glob("rollouts/*"), *straight.glob("model/*")]}
+    others = {path.relative_to(broken) for path in [*broken.glob("rollouts/*"), *broken.glob("model/*")]}
+    return found + sorted(str(file) for file in files ^ others) + sorted(
+        str(file) for file in files & others if (straight / file).read_bytes() != (broken / file).read_bytes())
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> tuple[list[str], Counter]:
+    """The differences between the two runs, and how often each kind of moment was hit while the run lived."""
+    rng, hit = random.Random(seed), Counter()
+    with open(folder / "log.txt", "w") as log:
+        assert start(folder / "straight", overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
+        for i in tqdm(range(kills), "kills", disable=kills < 5):
+            process, moment = start(folder / "broken", overrides, log), MOMENTS[i % len(MOMENTS)]
+            wait_for(moment, process, folder / "broken", rng)
+            if process.poll() is None:
+                hit[moment] += 1
+            process.kill()
+            process.wait()
+        if start(folder / "broken", overrides, log).wait() != 0:
+            return ["the last start, which did not end well"], hit
+    return differences(folder / "straight", folder / "broken"), hit
+
+
+def main() -> None:
+    """Run, compare, say so."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found, hit = kill_and_resume(Path(folder), args.kills, args.seed, args.overrides)
+        for name in found:
+            print(f"differs: {name}\n{(Path(folder) / 'log.txt').read_text()[-2000:]}")
+    count = sum(hit.values())
+    print(", ".join(f"{number} {moment}" for moment, number in hit.items()))
+    print(f"{count} kills, {len(found)} differences (goal: {args.kills} and 0)")
+    sys.exit(bool(found) or count < args.kills)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What is a run made of? Processes, models whole or sharded, prompts: loaded, checked, and handed out as one `Run`.
+
+Accelerate's engines differ in what a process holds of the policy: all of it (one process, DDP), or a shard
+(FSDP2, DeepSpeed's ZeRO-3). Responses are written by a whole model: the policy itself, or a copy whose weights are
+set after each update.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
+
+from checkpoint import is_sharded
+from config import one_line_errors
+from reward import load_verifier
+from sampling import Prompt, load_prompts
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run share. `writer` writes the responses: the policy itself, or a whole copy where that is
+    sharded. `reference`, the initial policy, is None where no KL term is on."""
+    config: SimpleNamespace
+    accelerator: Accelerator
+    tokenizer: transformers.PreTrainedTokenizerBase
+    policy: torch.nn.Module
+    writer: torch.nn.Module
+    reference: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer
+    verifier: Callable
+
+
+def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[list[Prompt]]]:
+    """The run, and the prompts of each of `files`: (path, how many at most or 0). Data first, since it is quick."""
+    with one_line_errors():
+        accelerator = start_processes(config)
+        set_seed(config.seed)
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+        verifier, tokenizer = load_verifier(config.reward.name), load(AutoTokenizer, config.model.path)
+        prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
+        policy = load_model(config)
+        unset_hf_deepspeed_config()  # with it, ZeRO-3 shards whatever is loaded; the other models stay whole
+        with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
+        reference = load_model(config).requires_grad_(False) if with_kl else None
+    if with_kl and accelerator.is_fsdp2:
+        reference = fsdp2_prepare_model(accelerator, reference)
+    elif with_kl:
+        reference = reference.to(accelerator.device)
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    writer = copy_without_weights(policy, config, accelerator.device) if is_sharded(accelerator) else policy
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
+    policy, optimizer = accelerator.prepare(policy.train(), optimizer)
+    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
+    return Run(config, accelerator, tokenizer, policy, writer, reference, optimizer, verifier), prompts
+
+
+def start_processes(config: SimpleNamespace) -> Accelerator:
+    """Accelerate, by the launcher's word (DDP, FSDP2, ZeRO-3), on GPUs where there are any."""
+    on_cpu, deepspeed = not torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision=config.mixed_precision,
+                              kwargs_handlers=[InitProcessGroupKwargs("gloo")] if on_cpu and deepspeed else [],
+                              log_with=config.log_with or None, project_dir=config.run_dir)
+    if config.log_with and not accelerator.log_with:
+        raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
+    if on_cpu:  # the launcher allows one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+    if deepspeed:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=1,  # asked for, and unused
+            gradient_clipping=config.actor.grad_clip, data_types={"grad_accum_dtype": "fp32"})
+    accelerator.print(f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
+                      f"{accelerator.device.type}, {accelerator.distributed_type.value}")
+    return accelerator
+
+
+def load(auto_class, path: str, **how):
+    """`auto_class.from_pretrained`, with one line of ValueError where that fails."""
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise ValueError(f"model.path: {path} is neither a directory nor a hub name (owner/name)")
+    try:
+        return auto_class.from_pretrained(path, **how)
+    except Exception as error:  # each library has its own
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"model.path: cannot load {path}: {reason}") from error
+
+
+def load_model(config: SimpleNamespace) -> torch.nn.Module:
+    """The model, without dropout: the policy that is trained must be the one that was sampled from."""
+    architecture = load(AutoConfig, config.model.path)
+    for name, value in architecture.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(architecture, name, 0.0)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if longest > getattr(architecture, "max_position_embeddings", longest):
+        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, but "
+                         f"{config.model.path} has {architecture.max_position_embeddings} positions")
+    return load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
+                attn_implementation=config.model.attn_implementation)
+
+
+def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, device: torch.device) -> torch.nn.Module:
+    """A model like the policy, in the type that passes are computed in, whose weights `sync_weights` is to set."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else policy.dtype
+    with device:
+        copy = AutoModelForCausalLM.from_config(policy.config, dtype=dtype,
+                                                attn_implementation=config.model.attn_implementation)
+    for name, buffer in policy.named_buffers():  # ZeRO-3 has rounded them to bfloat16 in loading, RoPE's too
+        buffer.data = copy.get_buffer(name).to(buffer.device)
+    copy.generation_config = policy.generation_config
+    return copy.requires_grad_(False)
+
+
+def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path: str,
+              max_prompts: int) -> list[Prompt]:
+    """The prompts of one file, with a word on those that are too long; none where `path` is empty."""
+    if not path:
+        return []
+    data = config.data
+    try:
+        prompts, overlong = load_prompts(
+            path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
+            prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
+            prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
+    except ValueError as error:
+        hint = " (val.file is read with the same data.* keys; `val.file=` goes without)" * (path == config.val.file)
+        raise ValueError(f"{error}{hint}") from error
+    verb = "cut on the left" if data.overlong_prompts == "truncate_left" else "dropped"
+    accelerator.print(f"{path}: {len(prompts)} prompts" + (
+        f"; {overlong} of more than {data.max_prompt_length} tokens were {verb}" if overlong else ""))
+    return prompts
+
+
+def whole_weights(policy: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each of the policy's weights, one at a time; all processes together, where it is sharded."""
+    seen = set()
+    for name, weight in policy.state_dict(keep_vars=True).items():
+        if id(weight) in seen:  # tied weights have several names
+            continue
+        seen.add(id(weight))
+        with gathered_by_deepspeed(weight) if hasattr(weight, "ds_id") else nullcontext():
+            yield name, weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+def gathered_by_deepspeed(weight: Tensor):
+    """A context in which a weight that ZeRO-3 has sharded is whole."""
+    from deepspeed.zero import GatheredParameters
+    return GatheredParameters([weight])
+
+
+@torch.no_grad()
+def sync_weights(run: "Run") -> None:
+    """Give the policy's weights to the model that writes the responses, where that is a copy."""
+    policy = run.accelerator.unwrap_model(run.policy)
+    if run.writer is not policy:
+        copies = run.writer.state_dict()
+        for name, weight in whole_weights(policy):
+            copies[name].copy_(weight)

@@ -1,0 +1,6 @@
+"""A reward that no response earns."""
+
+
+def never_right(response, ground_truth, **row):
+    """Every response is wrong."""
+    return -1.0

@@ -1,0 +1,97 @@
+"""What test_distributed.py starts in several processes: three steps in every loss_agg_mode, and what came of them.
+
+    worker.py OUT [sharded]      OUT.npz holds, for each mode, what was kept, trained on and learned
+"""
+
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+
+import run as run_module  # noqa: E402
+import train_dapo  # noqa: E402
+from config import load_config  # noqa: E402
+
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven"]
+SMALL = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "actor.ppo_mini_batch_size=8",
+         "total_training_steps=3", "actor.max_tokens_per_micro_batch=150", "log_with="]
+
+
+def sharded_accelerator(**settings) -> Accelerator:
+    """Accelerate offers FSDP2 on GPUs only; its own code for it runs on CPUs as well, once it is told to."""
+    accelerator = Accelerator(**settings)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+    return accelerator
+
+
+def uneven(generate, rank, world):
+    """Every other prompt's responses are cut after 3 tokens: in a pair, one rank's are ten times longer than the
+    other's, which keeps no group. With one process the same prompts are cut."""
+    def cut(model, tokenizer, prompts, *arguments, **keywords):
+        groups = generate(model, tokenizer, prompts, *arguments, **keywords)
+        return [[replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3], text="", finish_reason="length")
+                 for r in group] if (rank + world * i) % 2 else group for i, group in enumerate(groups)]
+    return cut
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().double().numpy().ravel()
+
+
+def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
+    overrides = [] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"]
+    config = load_config("config.yaml", [*SMALL, *overrides, *extras])
+    run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
+    run_module.sync_weights(run)
+    gradients, clip, generate = [], run.accelerator.clip_grad_norm_, train_dapo.generate
+
+    def keep_gradients(parameters, bound):
+        parameters = list(parameters)
+        gradients.append(np.concatenate([whole(p.grad) for p in parameters]))
+        return clip(parameters, bound)
+    run.accelerator.clip_grad_norm_ = keep_gradients
+    if mode == "uneven":
+        train_dapo.generate = uneven(generate, run.accelerator.process_index, run.accelerator.num_processes)
+    results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
+    for metrics, groups, _ in train_dapo.train(run, prompts, Counter()):
+        results["positions"] += [group.position for group in groups]
+        results["lengths"] += [len(r.token_ids) for group in groups for r in group.responses]
+        results["tokens"] += [token for group in groups for r in group.responses for token in r.token_ids]
+        results["losses"].append(metrics["actor/loss"])
+    train_dapo.generate = generate
+    policy = run.accelerator.unwrap_model(run.policy)
+    weights = np.concatenate([whole(weight) for _, weight in run_module.whole_weights(policy)])
+    copies = run.writer.state_dict()
+    return {**results, "gradients": np.stack(gradients), "weights": weights,
+            "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.writer is not policy,
+            "synced": all(np.array_equal(whole(copies[name]), whole(weight))
+                          for name, weight in run_module.whole_weights(policy))}
+
+
+def main() -> None:
+    out, sharded = sys.argv[1], "sharded" in sys.argv
+    if sharded:
+        run_module.Accelerator = sharded_accelerator
+    results = {f"{mode}/{name}": value for mode in MODES
+               for name, value in three_steps(mode, [f"run_dir={out}"]).items()}
+    accelerator = Accelerator(cpu=True)
+    if accelerator.is_main_process:
+        np.savez(out, world=accelerator.num_processes, **results)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
