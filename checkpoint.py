@@ -94,8 +94,8 @@ def lock_run_dir(accelerator: Accelerator, run_dir: str) -> FileLock:
 
 def trim_run(run_dir: Path, origin: Path, step: int) -> None:
     """Leave in `run_dir` what a run up to `step` had written; its metrics are read from `origin`."""
-    kept = [row for row in read_rows(origin) if row["step"] <= step]
-    write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    if rows := read_rows(origin):
+        write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     for file in (run_dir / "rollouts").glob("step_*.jsonl"):
         if int(file.stem.removeprefix("step_")) > step:
             file.unlink()

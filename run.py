@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
@@ -80,6 +81,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if on_cpu:  # the launcher allows one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: decoding takes ten times as long
+    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # Accelerate would sum gradients in bfloat16 too
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if deepspeed:
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=1,  # asked for, and unused

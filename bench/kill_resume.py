@@ -38,7 +38,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 def wait_for(moment: str, process: subprocess.Popen, run_dir: Path, rng: random.Random) -> None:
     """Return when it is time to kill, or the process has ended."""
-    before, saving, delay = len(rows(run_dir)), False, rng.uniform(0, 12)
+    before, saving, delay = len(rows(run_dir)), False, rng.uniform(0, 9)
     start_time = time.perf_counter()
     while process.poll() is None:
         if moment == "anywhere" and time.perf_counter() - start_time > delay:
@@ -68,13 +68,15 @@ def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -
     with open(folder / "log.txt", "w") as log:
         assert start(folder / "straight", overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
         for i in tqdm(range(kills), "kills", disable=kills < 5):
+            if (folder / "broken/model").exists():
+                break
             process, moment = start(folder / "broken", overrides, log), MOMENTS[i % len(MOMENTS)]
             wait_for(moment, process, folder / "broken", rng)
             if process.poll() is None:
                 hit[moment] += 1
             process.kill()
             process.wait()
-        if start(folder / "broken", overrides, log).wait() != 0:
+        if not (folder / "broken/model").exists() and start(folder / "broken", overrides, log).wait() != 0:
             return ["the last start, which did not end well"], hit
     return differences(folder / "straight", folder / "broken"), hit
 

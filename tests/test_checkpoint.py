@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from conftest import TINY
 from filelock import FileLock
+
+from checkpoint import find_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import differences, kill_and_resume
@@ -20,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_kill_9_at_any_moment_changes_nothing(tmp_path):
-    found, hit = kill_and_resume(tmp_path, 3, seed=1, overrides=[*TINY, "total_training_steps=4", "val.max_prompts=4"])
+    found, hit = kill_and_resume(tmp_path, 3, seed=1, overrides=[*TINY, "total_training_steps=8", "val.max_prompts=4"])
     assert found == [] and sum(hit.values()) == 3
 
 
@@ -57,10 +61,17 @@ def test_a_signal_ends_the_step_saves_and_exits_0_with_the_line_that_resumes(tmp
     assert differences(run_dir, start(*common)) == []
 
 
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    return tmp_path_factory.mktemp("master") / "run"
+
+
 @pytest.fixture
-def saved(start):
-    """A run of two steps, with a checkpoint after each."""
-    return start("save_every=1", "val.file=")
+def saved(start, master, tmp_path):
+    """A run of two steps, with a checkpoint after each: trained once, then copied."""
+    if not master.exists():
+        start("save_every=1", "val.file=").rename(master)
+    return shutil.copytree(master, tmp_path / "run")
 
 
 def metrics(run_dir):
@@ -86,12 +97,19 @@ def flip_a_bit(path):
     (Path.unlink, "digests.json", "digests.json is missing"),
     (truncate, "digests.json", "digests.json"),
 ])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(start, saved, capsys, damage, file, words):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(saved, capsys, damage, file, words):
     damage(saved / "checkpoints/step_00002" / file)
+    assert find_checkpoint(Accelerator(cpu=True), saved, "auto") == saved / "checkpoints/step_00001"
+    assert f"step_00002 is damaged ({words}" in capsys.readouterr().out
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_were_not(start, saved, capsys, tmp_path):
+    flip_a_bit(saved / "checkpoints/step_00002/__0_0.distcp")
     start("save_every=1", "val.file=", "total_training_steps=3")
     out = capsys.readouterr().out
-    assert f"step_00002 is damaged ({words}" in out and f"going on from {saved / 'checkpoints/step_00001'}" in out
-    assert [row["step"] for row in metrics(saved)] == [1, 2, 3]
+    assert "step_00002 is damaged" in out and f"going on from {saved / 'checkpoints/step_00001'}" in out
+    saved.rename(tmp_path / "damaged")
+    assert differences(start("val.file=", "total_training_steps=3"), tmp_path / "damaged") == []
 
 
 def test_nothing_starts_from_nothing_where_all_checkpoints_are_damaged(start, saved):

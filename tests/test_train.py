@@ -76,7 +76,7 @@ def test_two_ranks_shares_add_up_to_the_whole(make_run, mode):
     whole, _ = gradient(run, mini)
 
     class Rank:
-        num_processes, device = 2, torch.device("cpu")
+        num_processes, device, distributed_type = 2, torch.device("cpu"), run.accelerator.distributed_type
         autocast, no_sync, backward, reduce = (getattr(run.accelerator, name) for name in
                                                ("autocast", "no_sync", "backward", "reduce"))
 

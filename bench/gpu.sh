@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Every check that wants an NVIDIA GPU, in one go of a few minutes; results go to the folder $1.
+#   bash bench/gpu.sh results
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+scratch=$(mktemp -d)
+export HF_HUB_OFFLINE=1
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/machine.txt"
+python3 -c 'import torch, transformers, accelerate; print("torch", torch.__version__, "transformers", transformers.__version__,
+"accelerate", accelerate.__version__)' | tee -a "$out/machine.txt"
+
+check() {  # a name, then a command: its output to a file, and one line of result
+  local name=$1 start=$SECONDS
+  shift
+  timeout 300 "$@" > "$out/$name.log" 2>&1
+  echo "$name: exit $?, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+}
+train() {  # a name, launcher options, --, overrides
+  local name=$1 options=()
+  shift
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
+  check "$name" accelerate launch "${options[@]}" train_dapo.py --config config.yaml "$@"
+}
+small="val.max_prompts=50 actor.max_tokens_per_micro_batch=8192"
+check memory python3 bench/memory.py
+train plain --num_processes 1 -- run_dir="$scratch/plain" total_training_steps=10 save_every=5 $small
+train fsdp2 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=5 save_every=5 $small
+train fsdp2_resumed --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=10 save_every=5 $small
+train fsdp2_bf16 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/bf16" total_training_steps=10 \
+  mixed_precision=bf16 model.gradient_checkpointing=true actor.use_kl_loss=true $small
+sed 's/fsdp_offload_params: false/fsdp_offload_params: true/' configs/accelerate_fsdp2.yaml > "$scratch/offload.yaml"
+train fsdp2_offload --config_file "$scratch/offload.yaml" --num_processes 1 -- run_dir="$scratch/offload" total_training_steps=3 $small
+for run in plain fsdp2 bf16 offload; do
+  cp "$scratch/$run/metrics.jsonl" "$out/$run.jsonl"
+done
+python3 - "$out" <<'PY' | tee -a "$out/summary.txt"
+import json, pathlib, sys
+for name in ("plain", "fsdp2", "bf16", "offload"):
+    file = pathlib.Path(sys.argv[1]) / f"{name}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [{}]
+    print(name, *(f"{row.get('actor/loss', 0):.6f}/{row.get('actor/grad_norm', 0):.5f}/{row.get('actor/rollout_diff', 0):.1e}" for row in rows[1:4]),
+          "accuracy", rows[0].get("val/val/avg@4"), "->", rows[-1].get("val/val/avg@4"), "seconds a step", rows[-1].get("time/step"))
+PY
+rm -rf "$scratch"
