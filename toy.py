@@ -99,8 +99,8 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
     rng = random.Random(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=256, initializer_range=0.05, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0))
+        num_attention_heads=4, head_dim=32, max_position_embeddings=256, initializer_range=0.05,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
     def imitate(shares, lr):
