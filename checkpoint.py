@@ -25,80 +25,105 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 
-from config import differences
-
+from config import differences, flatten, load_config
 
 # ---- the directory of a run -----------------------------------------------------------------------------
 
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError where `run_dir` holds results that a run with this config would not go on from."""
-    run_dir, found = Path(config.run_dir), newest_first(config.run_dir)
-    rows = read_rows(run_dir)
-    free = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
-    another = f"name another, for instance run_dir={free}"
-    if config.resume not in ("auto", "never"):
-        if not (Path(config.resume) / "progress.json").exists():
-            raise ValueError(f"resume: {config.resume} is not auto, never or a checkpoint's directory")
-        found = [Path(config.resume)]
-    if rows and config.resume != "auto":
-        raise ValueError(f"run_dir: {run_dir} holds an earlier run; {another}")
-    if rows and not found and rows[-1]["step"] > config.save_every:
-        raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to go on from; {another}")
-    earlier = next((progress for path in found if (progress := read_progress(path))), None)
-    if not earlier:  # nothing was saved yet, or all is damaged, of which `find_checkpoint` will speak
-        return
-    step, last = earlier["counters"]["step"], config.total_training_steps
-    if step > last or (step == last and config.resume == "auto" and (run_dir / "model").exists()):
-        raise ValueError(f"run_dir: {run_dir} is finished, with {step} steps; raise total_training_steps={last} to "
-                         f"train on, or {another}")
-    if changed := differences(earlier["config"], config):
-        raise ValueError(f"{found[0].parent.parent} is a run with another config ({', '.join(changed)}): undo that, or "
-                         f"{another}")
+    run_dir, resume = Path(config.run_dir), config.resume
+    rows, found, file = read_rows(run_dir), newest_first(run_dir), run_dir / "config.yaml"
+    unused = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
+    remedy = f"name another, for instance run_dir={unused}"
+    begun = load_config(file) if file.exists() and (rows or found) else None
+    named = resume not in ("auto", "never")
+    if named and not (Path(resume) / "progress.json").exists():
+        raise ValueError(f"resume: {resume} is not auto, never or a checkpoint's directory")
+    if (rows or found) and (resume == "never" or (named and begun and begun.resume != resume)):
+        raise ValueError(f"run_dir: {run_dir} holds an earlier run; {remedy}")
+    origin = [Path(resume)] if named else []
+    earlier = next((progress for path in found or origin if (progress := read_progress(path))), None)
+    step = earlier["counters"]["step"] if earlier else 0
+    if rows and not found and (rows[-1]["step"] > step + config.save_every or (run_dir / "model").exists()):
+        raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to go on from; {remedy}")
+    if step >= config.total_training_steps:
+        raise ValueError(f"{(found or origin)[0]} is finished, with {step} steps; raise total_training_steps="
+                         f"{config.total_training_steps} to train on, or {remedy}")
+    before = earlier["config"] if earlier else flatten(begun) if begun else {}
+    if before and (changed := differences(before, config)):
+        raise ValueError(f"{(found or origin or [run_dir])[0]} is of a run with another config ({', '.join(changed)}): "
+                         f"undo that, or {remedy}")
 
 
 def read_rows(run_dir: Path) -> list[dict]:
     """The whole rows of metrics.jsonl: the last may be half written."""
-    file = Path(run_dir) / "metrics.jsonl"
+    file, rows = Path(run_dir) / "metrics.jsonl", []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def lock_run_dir(accelerator: Accelerator, run_dir: str) -> FileLock:
-    """Hold `run_dir` as long as the process lives; ValueError where another run does.
-
-    Also finds out whether all machines see the same directory; where they do not, each keeps checkpoints of its own.
-    """
-    lock, error = FileLock(Path(run_dir) / ".lock"), ""
-    if accelerator.is_local_main_process:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
+    for number, line in enumerate(lines, 1):
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            error = f"run_dir: another run is writing into {run_dir}; wait for it, stop it, or name another"
-    (error, mark), = broadcast_object_list([(error, uuid.uuid4().hex)])
-    if error:
-        raise ValueError(error)
-    if accelerator.is_main_process:
-        (Path(run_dir) / ".shared").write_text(mark)
-    accelerator.wait_for_everyone()
-    file = Path(run_dir) / ".shared"
-    shared = all(gather_object([file.exists() and file.read_text() == mark]))
-    if not shared and is_sharded(accelerator):
-        raise ValueError(f"run_dir: {run_dir} is not the same directory on all machines, as a sharded run needs it")
-    accelerator.project_configuration.save_on_each_node = not shared
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{file}:{number}: not valid JSON: delete this line") from None
+    return rows
+
+
+@contextmanager
+def together(accelerator: Accelerator, doing: str) -> Iterator[None]:
+    """A barrier: what fails inside on one process is a one-line OSError on all of them, so that none waits in vain."""
+    error = ""
+    try:
+        yield
+    except (Exception, CheckpointException) as failure:  # a full disk has many names
+        error = f"{doing}: {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
+    if errors := [error for error in gather_object([error]) if error]:
+        raise OSError(errors[0])
+
+
+def claim_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
+    """Hold the run's directory as long as the process lives; OSError where another run does.
+
+    Also finds out whether all machines see the same directory; where they do not, each keeps checkpoints of its own
+    (`save_on_each_node`).
+    """
+    run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
+    lock = FileLock(run_dir / ".lock")
+    with together(accelerator, "run_dir"):
+        if accelerator.is_local_main_process:
+            run_dir.mkdir(parents=True, exist_ok=True)
+    with together(accelerator, "run_dir"):
+        if accelerator.is_main_process:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise OSError(f"another run is writing into {run_dir}; wait for it, stop it, or name another") from None
+            (run_dir / ".shared").write_text(mark)
+        check_run_dir(config)  # again, now that nobody else writes there
+    file = run_dir / ".shared"
+    own_disks = not all(gather_object([file.exists() and file.read_text() == mark]))
+    if own_disks and is_sharded(accelerator):
+        raise OSError(f"run_dir: {run_dir} is not the same directory on all machines, as a sharded run needs it")
+    accelerator.project_configuration.save_on_each_node = own_disks
     return lock
 
 
-def trim_run(run_dir: Path, origin: Path, step: int) -> None:
+def trim_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: int) -> None:
     """Leave in `run_dir` what a run up to `step` had written; its metrics are read from `origin`."""
-    if rows := read_rows(origin):
-        write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    for file in (run_dir / "rollouts").glob("step_*.jsonl"):
-        if int(file.stem.removeprefix("step_")) > step:
-            file.unlink()
+    with together(accelerator, "run_dir"):
+        if _writes(accelerator):
+            for path in newest_first(run_dir):
+                if _step(path) > step:
+                    shutil.rmtree(path)
+        if accelerator.is_main_process:
+            rows = [json.dumps(row) + "\n" for row in read_rows(origin) if row["step"] <= step]
+            if rows or (run_dir / "metrics.jsonl").exists():
+                write_whole(run_dir / "metrics.jsonl", "".join(rows))
+            for file in (run_dir / "rollouts").glob("step_*.jsonl"):
+                if _step(file) > step:
+                    file.unlink()
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -117,13 +142,13 @@ def rename_whole(aside: Path, name: Path) -> None:
 # ---- checkpoints ----------------------------------------------------------------------------------------
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds but a part of the policy: by FSDP2, or DeepSpeed's ZeRO."""
+    """Whether a process holds but a part of the policy: by FSDP2, or DeepSpeed's ZeRO-3."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def newest_first(run_dir: str | Path) -> list[Path]:
     """The checkpoints of a run that have their names, and were therefore whole once."""
-    return sorted((Path(run_dir) / "checkpoints").glob("step_*"), reverse=True)
+    return sorted((Path(run_dir) / "checkpoints").glob("step_*"), key=_step, reverse=True)
 
 
 def read_progress(path: Path) -> dict:
@@ -136,61 +161,47 @@ def read_progress(path: Path) -> dict:
         return {}
 
 
-@contextmanager
-def saving(accelerator: Accelerator, path: Path) -> Iterator[None]:
-    """A barrier: what fails inside on one process is an OSError on every process."""
-    error = ""
-    try:
-        yield
-    except (Exception, CheckpointException) as failure:  # a full disk has many names
-        error = (f"cannot save {path}, on whose disk {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free: "
-                 f"{str(failure).strip().splitlines()[-1]}")
-    if errors := [error for error in gather_object([error]) if error]:
-        raise OSError(errors[0])
-
-
 def save_checkpoint(accelerator: Accelerator, policy, optimizer, run_dir: str, progress: dict, keep: int) -> None:
     """Write `checkpoints/step_*`, whole or not at all, and remove all but the `keep` newest. Raises OSError."""
     path = Path(run_dir) / "checkpoints" / f"step_{progress['counters']['step']:05d}"
     aside, writes = path.with_name(f".{path.name}.partial"), _writes(accelerator)
-    with saving(accelerator, path):
-        if writes:
-            path.parent.mkdir(exist_ok=True)
-            for half in path.parent.glob(".step_*.partial"):
-                shutil.rmtree(half)
-            aside.mkdir()
-            write_whole(aside / "progress.json", json.dumps(progress))
-    with saving(accelerator, path):
-        _save_state(accelerator, policy, optimizer, aside)
-    digests = {}
-    with saving(accelerator, path):
-        digests = {str(file.relative_to(aside)): _digest(file) for file in
-                   _share(accelerator, sorted(file for file in aside.rglob("*") if file.is_file()))}
-    for part in gather_object([digests]) if not _own_disks(accelerator) else []:
-        digests |= part
-    with saving(accelerator, path):
-        if writes:
-            write_whole(aside / "digests.json", json.dumps(digests))
-            rename_whole(aside, path)
-            for old in newest_first(run_dir)[keep:]:
-                shutil.rmtree(old)
+    doing = f"cannot save {path}, on whose disk {shutil.disk_usage(run_dir).free / 1e6:.0f} MB were free"
+    try:
+        with together(accelerator, doing):
+            if writes:
+                path.parent.mkdir(exist_ok=True)
+                for half in path.parent.glob(".step_*.partial"):
+                    shutil.rmtree(half)
+                aside.mkdir()
+                write_whole(aside / "progress.json", json.dumps(progress))
+        with together(accelerator, doing):
+            _save_state(accelerator, policy, optimizer, aside)
+        with together(accelerator, doing):
+            digests = _digests(accelerator, aside)
+        with together(accelerator, doing):
+            if writes:
+                write_whole(aside / "digests.json", json.dumps(digests))
+                rename_whole(aside, path)
+                for old in newest_first(run_dir)[keep:]:
+                    shutil.rmtree(old)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # others may want the room
+        raise
 
 
 def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path | None:
-    """The newest whole checkpoint, or the one that `resume` names; None: start from nothing.
+    """The run's newest whole checkpoint, or else the one that `resume` names; None: start from nothing.
 
-    Raises ValueError where there are checkpoints, but none is whole.
+    Raises OSError where there are checkpoints, but none is whole.
     """
-    if resume == "never":
-        return None
-    named = [] if resume == "auto" else [resume]
-    seen = set().union(*gather_object([[str(path) for path in named or newest_first(run_dir)]]))
-    for path in map(Path, sorted(seen, reverse=True)):
+    named = [] if resume in ("auto", "never") else [resume]
+    seen = set().union(*gather_object([[str(path) for path in newest_first(run_dir) or named]]))
+    for path in sorted(map(Path, seen), key=_step, reverse=True):
         if not (problem := what_is_wrong(accelerator, path)):
             return path
-        accelerator.print(f"warning: {path} is damaged ({problem}), and passed over")
+        accelerator.print(f"warning: {path} is damaged: {problem}")
     if seen:
-        raise ValueError(f"no checkpoint is whole of {', '.join(sorted(seen))}; start anew in another run_dir")
+        raise OSError(f"no checkpoint is whole of {', '.join(sorted(seen))}; start anew in another run_dir")
     return None
 
 
@@ -199,35 +210,47 @@ def what_is_wrong(accelerator: Accelerator, path: Path) -> str:
     problem = ""
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
-        wrong = [name for name in _share(accelerator, sorted(digests)) if _digest(path / name) != digests[name]]
+        wrong = [name for name in _my_part(accelerator, sorted(digests)) if _digest(path / name) != digests[name]]
         problem = f"{wrong[0]} is not what was written" if wrong else ""
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        problem = str(error)
+    except (ValueError, KeyError, TypeError) as error:
         problem = f"digests.json: {error}"
     return next((problem for problem in gather_object([problem]) if problem), "")
 
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
-    """Weights and optimizer as they were saved."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        policy.load_checkpoint(str(path))
-        return
-    weights, moments = get_state_dict(policy, optimizer)
-    state = {"policy": weights, "optimizer": moments}
-    with warnings.catch_warnings(action="ignore"):  # that torch.distributed is not needed
+    """Weights and optimizer as they were saved. Raises OSError."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed != (path / "latest").exists():
+        raise OSError(f"{path} is of a run {'without' if deepspeed else 'with'} DeepSpeed: launch it in the same way")
+    with together(accelerator, f"cannot load {path}"), warnings.catch_warnings(action="ignore"):  # no process group
+        if deepspeed:
+            policy.load_checkpoint(str(path))
+            return
+        trained = read_progress(path)["counters"]["optimizer_steps"] > 0
+        state = _state(policy, optimizer, trained)
         dcp.load(state, checkpoint_id=path, no_dist=not is_sharded(accelerator))
-    set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+        set_model_state_dict(policy, state["policy"])
+        if trained:
+            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
 
 
 def _save_state(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         policy.save_checkpoint(str(path))
-        return
-    weights, moments = get_state_dict(policy, optimizer)
-    if is_sharded(accelerator) or _writes(accelerator):
+    elif is_sharded(accelerator) or _writes(accelerator):
         with warnings.catch_warnings(action="ignore"):
-            dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=path, no_dist=not is_sharded(accelerator))
+            dcp.save(_state(policy, optimizer, bool(optimizer.state)), checkpoint_id=path,
+                     no_dist=not is_sharded(accelerator))
+
+
+def _state(policy, optimizer, trained: bool) -> dict:
+    """What is saved. An optimizer that has taken no step is left alone: torch would take one to see its state."""
+    state = {"policy": get_model_state_dict(policy)}
+    return state | {"optimizer": get_optimizer_state_dict(policy, optimizer)} if trained else state
 
 
 def _own_disks(accelerator: Accelerator) -> bool:
@@ -238,11 +261,26 @@ def _writes(accelerator: Accelerator) -> bool:
     return accelerator.is_local_main_process if _own_disks(accelerator) else accelerator.is_main_process
 
 
-def _share(accelerator: Accelerator, files: list) -> list:
-    """This process's part of some work on all files that it sees."""
+def _my_part(accelerator: Accelerator, files: list) -> list:
+    """This process's part of some work on all files of a disk."""
     return files if _own_disks(accelerator) else files[accelerator.process_index::accelerator.num_processes]
+
+
+def _digests(accelerator: Accelerator, path: Path) -> dict[str, str]:
+    """SHA-256 of each file, by its name under `path`; the processes share the work."""
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    if _own_disks(accelerator):
+        return {name: _digest(path / name) for name in names}
+    names = broadcast_object_list([names])[0]  # a network's file system may not show the same to all
+    parts = gather_object([{name: _digest(path / name) for name in _my_part(accelerator, names)}])
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _step(path: Path) -> int:
+    digits = path.stem.removeprefix("step_")
+    return int(digits) if digits.isdigit() else 0

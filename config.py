@@ -75,6 +75,7 @@ def flatten(config: SimpleNamespace) -> dict[str, bool | int | float | str]:
 def differences(earlier: dict, config: SimpleNamespace) -> list[str]:
     """The keys, as `key: earlier -> now`, in which `config` makes another run than the flat config `earlier` did."""
     now, free = flatten(config), read_rules(free=True)
+    earlier = flatten(load_config(SCHEMA)) | earlier  # a key that was not there yet had its default
     return [f"{key}: {earlier.get(key)} -> {now.get(key)}" for key in sorted(earlier.keys() | now.keys())
             if key not in free and earlier.get(key) != now.get(key)]
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,8 +74,10 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
 def start_processes(config: SimpleNamespace) -> Accelerator:
     """Accelerate, by the launcher's word (DDP, FSDP2, ZeRO-3), on GPUs where there are any."""
     on_cpu, deepspeed = not torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    group = {"backend": "gloo"} if on_cpu and deepspeed else {}
+    group["timeout"] = timedelta(hours=2)  # some wait while others write the longest responses, or a checkpoint
     accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision=config.mixed_precision,
-                              kwargs_handlers=[InitProcessGroupKwargs("gloo")] if on_cpu and deepspeed else [],
+                              kwargs_handlers=[InitProcessGroupKwargs(**group)],
                               log_with=config.log_with or None, project_dir=config.run_dir)
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
@@ -124,8 +127,10 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, devic
     with device:
         copy = AutoModelForCausalLM.from_config(policy.config, dtype=dtype,
                                                 attn_implementation=config.model.attn_implementation)
-    for name, buffer in policy.named_buffers():  # ZeRO-3 has rounded them to bfloat16 in loading, RoPE's too
-        buffer.data = copy.get_buffer(name).to(buffer.device)
+    learned = policy.state_dict().keys()
+    for name, buffer in policy.named_buffers():
+        if name not in learned:  # but computed, as RoPE's: ZeRO-3 has rounded them to bfloat16 in loading
+            buffer.data = copy.get_buffer(name).to(buffer.device)
     copy.generation_config = policy.generation_config
     return copy.requires_grad_(False)
 

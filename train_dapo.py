@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import (check_run_dir, find_checkpoint, is_sharded, load_checkpoint, lock_run_dir, read_progress,
-                        rename_whole, save_checkpoint, trim_run)
+from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
+                        read_progress, rename_whole, save_checkpoint, together, trim_run)
 from config import flatten, one_line_errors, read_command_line
 from evaluate import Evaluation, evaluate, format_table
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs
@@ -314,32 +314,40 @@ def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list
 
 def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
     """A micro-batch on the device. An empty one is a response that does not train: every rank must take part."""
-    rows = [samples[i] for i in indices] or [replace(samples[0], trains=False)]
+    rows = [samples[i] for i in indices] or [replace(min(samples, key=len), trains=False)]
     return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device)
 
 
 # ---- the directory of a run --------------------------------------------------------------------------------
 
-def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[Counter, dict[str, Evaluation]]:
-    """Make the run's directory, go back to its newest checkpoint where there is one, and start the tracker.
+def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[dict, Counter, dict[str, Evaluation]]:
+    """Go back to the run's newest checkpoint where there is one, and start the tracker.
 
-    Returns the counters of the last step done, and the evaluations so far.
+    Returns what identifies the run, the counters of the last step done, and the evaluations so far. Raises OSError.
     """
     config, run_dir, progress = run.config, Path(run.config.run_dir), {"counters": {}, "evaluations": {}}
+    identity = {"config": flatten(config), "data": fingerprint(prompts)}
+    if any(other != identity for other in gather_object([identity])):
+        raise OSError("the processes were given different configs, or read different data.train_file")
     if path := find_checkpoint(run.accelerator, config.run_dir, config.resume):
         progress = read_progress(path)
-        if progress["data"] != fingerprint(prompts):
-            raise ValueError(f"{path} is of a run on other prompts: data.train_file has changed; name another run_dir")
+        if progress["data"] != identity["data"]:
+            raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name another run_dir")
         load_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, path)
         run.accelerator.print(f"going on from {path}")
+        if any(progress["config"].get(key) != value for key, value in identity["config"].items()
+               if key.startswith("val.") and key != "val.every"):
+            progress["evaluations"] = {}  # not to be compared with those to come
     sync_weights(run)
-    if run.accelerator.is_main_process:
-        (run_dir / "rollouts").mkdir(exist_ok=True)
-        resolved = json.loads(json.dumps(config, default=vars))
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-        trim_run(run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
+    trim_run(run.accelerator, run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
+    with together(run.accelerator, "run_dir"):
+        if run.accelerator.is_main_process:
+            (run_dir / "rollouts").mkdir(exist_ok=True)
+            resolved = json.loads(json.dumps(config, default=vars))
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
     run.accelerator.init_trackers("dapo", flatten(config))
-    return Counter(progress["counters"]), {name: Evaluation(**kept) for name, kept in progress["evaluations"].items()}
+    return identity, Counter(progress["counters"]), {
+        name: Evaluation(**kept) for name, kept in progress["evaluations"].items()}
 
 
 def fingerprint(prompts: list[Prompt]) -> str:
@@ -357,15 +365,15 @@ def save_model(run: Run, name: str) -> None:
     for key, weight in whole_weights(policy):
         if run.accelerator.is_main_process:
             weights[key] = weight.to("cpu", policy.dtype)
-    if run.accelerator.is_main_process:
-        aside = run_dir / f".{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        policy.save_pretrained(aside, state_dict=weights)
-        run.tokenizer.save_pretrained(aside)
-        for file in aside.iterdir():
-            file.chmod(0o644)  # safetensors leaves weights to their owner
-        rename_whole(aside, run_dir / name)
-    run.accelerator.wait_for_everyone()  # a process that ends takes the others with it
+    with together(run.accelerator, f"cannot save {run_dir / name}"):
+        if run.accelerator.is_main_process:
+            aside = run_dir / f".{name}.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            policy.save_pretrained(aside, state_dict=weights)
+            run.tokenizer.save_pretrained(aside)
+            for file in aside.iterdir():
+                file.chmod(0o644)  # safetensors leaves weights to their owner
+            rename_whole(aside, run_dir / name)
 
 
 @contextmanager
@@ -468,18 +476,19 @@ def validate(run: Run, prompts: list[Prompt]) -> Evaluation:
 def record(run: Run, metrics: dict, groups: list[Group], advantages: Tensor) -> None:
     """Add a row to metrics.jsonl and the tracker, and a file to rollouts/."""
     run_dir, step, some = Path(run.config.run_dir), metrics["step"], slice(run.config.save_rollouts)
-    run.accelerator.log(metrics, step=step)
-    if run.accelerator.is_main_process:
-        with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if groups[some]:
-            rows = rollout_rows(step, groups[some], advantages[some])
-            (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
+    with together(run.accelerator, f"cannot record step {step} in {run_dir}"):
+        run.accelerator.log(metrics, step=step)
+        if run.accelerator.is_main_process:
+            with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if groups[some]:
+                rows = rollout_rows(step, groups[some], advantages[some])
+                (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], done: Counter,
+def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], identity: dict, done: Counter,
                  evaluations: dict[str, Evaluation]) -> bool:
-    """Train, with validation, recording, checkpoints and a progress bar around the algorithm.
+    """Train, with validation, recording, checkpoints and a progress bar around the algorithm; save the policy.
 
     Fills in `evaluations`, before and after. Returns whether the run came to its end: a signal stops it earlier.
     """
@@ -501,30 +510,35 @@ def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], don
         for metrics, groups, advantages in bar:
             step = metrics["step"]
             record(run, metrics | validation(step), groups, advantages)
-            bar.set_postfix_str(summary(config, metrics, evaluations), refresh=False)
-            stop = run.accelerator.check_trigger()  # whichever process was told
-            if stop or (config.save_every and (step == last or step % config.save_every == 0)):
-                save_progress(run, metrics, evaluations, prompts)
+            bar.set_postfix_str(summary(metrics, evaluations), refresh=False)
             if config.save_model_every and step % config.save_model_every == 0:
                 save_model(run, f"model_step_{step:05d}")
-            if stop and step < last:
-                return False
-    return True
+            if step == last:
+                save_results(run)  # before the last checkpoint, which says that the run is finished
+            stop = run.accelerator.check_trigger()  # whichever process was told
+            if stop or (config.save_every and (step == last or step % config.save_every == 0)):
+                save_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, config.run_dir, identity | {
+                    "counters": {name: metrics[name] for name in COUNTERS},
+                    "evaluations": {name: asdict(figures) for name, figures in evaluations.items()}},
+                    config.keep_checkpoints)
+            if stop:
+                break
+    return step == last
 
 
-def save_progress(run: Run, metrics: dict, evaluations: dict[str, Evaluation], prompts: list[Prompt]) -> None:
-    """Write a checkpoint of the run after the step that `metrics` are of."""
-    save_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, run.config.run_dir, {
-        "counters": {name: metrics[name] for name in COUNTERS}, "config": flatten(run.config),
-        "data": fingerprint(prompts), "evaluations": {name: asdict(figures) for name, figures in evaluations.items()},
-    }, run.config.keep_checkpoints)
+def save_results(run: Run) -> None:
+    """What a finished run leaves: the policy, and the picture of its metrics."""
+    save_model(run, "model")
+    with together(run.accelerator, "curves.png"):
+        if run.accelerator.is_main_process:
+            plot_runs([run.config.run_dir], Path(run.config.run_dir) / "curves.png")
 
 
-def summary(config: SimpleNamespace, metrics: dict, evaluations: dict[str, Evaluation]) -> str:
+def summary(metrics: dict, evaluations: dict[str, Evaluation]) -> str:
     """What the progress bar says of a step."""
     latest = evaluations.get("after", evaluations.get("before"))
-    return (f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}"
-            + (f", val {latest.metrics[f'avg@{config.val.n}']:.3f}" if latest else "")
+    accuracy = [f", val {value:.3f}" for name, value in latest.metrics.items() if "avg@" in name] if latest else []
+    return (f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}" + "".join(accuracy)
             + f", length {metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
 
 
@@ -547,30 +561,36 @@ def main() -> None:
     run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
     start = time.perf_counter()
     with one_line_errors():
-        lock = lock_run_dir(run.accelerator, config.run_dir)
-        done, evaluations = open_run_dir(run, prompts)
+        lock = claim_run_dir(run.accelerator, config)
+        identity, done, evaluations = open_run_dir(run, prompts)
     try:
         with finish_on_signal(run.accelerator), one_line_errors():
-            finished = run_training(run, prompts, val_prompts, done, evaluations)
+            finished = run_training(run, prompts, val_prompts, identity, done, evaluations)
     except SystemExit as error:
-        kept = ""
-        if run.optimizer.state:  # something was learned
-            save_model(run, "last_good_model")
-            kept = f". The policy as it was is in {config.run_dir}/last_good_model"
-        raise SystemExit(f"{error}{kept}") from None
+        raise SystemExit(f"{error}{keep_policy(run)}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on from the last checkpoint") from None
-    if finished:
-        save_model(run, "model")
+        saved = [f"goes on from {path}" for path in newest_first(config.run_dir)] or ["begins anew"]
+        raise SystemExit(f"interrupted; the same command {saved[0]}") from None
     if run.accelerator.is_main_process and finished:
-        plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
         report(run, evaluations, time.perf_counter() - start)
     elif run.accelerator.is_main_process:
         command = [argument for argument in sys.argv if not argument.startswith("resume=")]
-        print(f"stopped, and saved. To go on: accelerate launch {shlex.join(command)}")
+        print("stopped, and saved. To go on, with the launcher's options as before:\n"
+              f"accelerate launch {shlex.join(command)} resume=auto")
     run.accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after the others
     run.accelerator.end_training()
     lock.release()
+
+
+def keep_policy(run: Run) -> str:
+    """After a failure: save the policy, where something was learned, and say where it is."""
+    if not run.optimizer.state:
+        return ""
+    try:
+        save_model(run, "last_good_model")
+    except OSError as error:
+        return f". The policy is lost: {error}"
+    return f". The policy as it was is in {run.config.run_dir}/last_good_model"
 
 
 if __name__ == "__main__":

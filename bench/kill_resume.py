@@ -38,19 +38,23 @@ def rows(run_dir: Path) -> list[dict]:
 
 def wait_for(moment: str, process: subprocess.Popen, run_dir: Path, rng: random.Random) -> None:
     """Return when it is time to kill, or the process has ended."""
-    before, saving, delay = len(rows(run_dir)), False, rng.uniform(0, 9)
-    start_time = time.perf_counter()
+    target = len(rows(run_dir)) + rng.choice((1, 2))
+    end = time.perf_counter() + rng.uniform(0, 9)
     while process.poll() is None:
-        if moment == "anywhere" and time.perf_counter() - start_time > delay:
+        if moment == "anywhere" and time.perf_counter() > end:
             return
-        if moment == "in a step" and len(rows(run_dir)) > before:  # a step ended: the kill comes in one of the next
-            time.sleep(delay / 4)
+        if moment == "in a step" and len(rows(run_dir)) >= target:
+            time.sleep(rng.uniform(0, 0.3))
             return
-        saving = any((run_dir / "checkpoints").glob(".step_*.partial"))
-        if moment == "while saving" and saving:
-            time.sleep(rng.uniform(0, 0.03))
+        if moment == "while saving" and half_written(run_dir):
+            time.sleep(rng.uniform(0, 0.02))
             return
         time.sleep(0.002)
+
+
+def half_written(run_dir: Path) -> bool:
+    """Whether a checkpoint is being saved, or was when the process died."""
+    return any((run_dir / "checkpoints").glob(".step_*.partial"))
 
 
 def differences(straight: Path, broken: Path) -> list[str]:
@@ -63,22 +67,24 @@ def differences(straight: Path, broken: Path) -> list[str]:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> tuple[list[str], Counter]:
-    """The differences between the two runs, and how often each kind of moment was hit while the run lived."""
-    rng, hit = random.Random(seed), Counter()
+    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere."""
+    rng, hit, straight, broken = random.Random(seed), Counter(), folder / "straight", folder / "broken"
     with open(folder / "log.txt", "w") as log:
-        assert start(folder / "straight", overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
+        assert start(straight, overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
+        last = rows(straight)[-1]["step"]
         for i in tqdm(range(kills), "kills", disable=kills < 5):
-            if (folder / "broken/model").exists():
+            if (broken / f"checkpoints/step_{last:05d}").exists():
                 break
-            process, moment = start(folder / "broken", overrides, log), MOMENTS[i % len(MOMENTS)]
-            wait_for(moment, process, folder / "broken", rng)
-            if process.poll() is None:
-                hit[moment] += 1
+            process, moment = start(broken, overrides, log), MOMENTS[i % len(MOMENTS)]
+            wait_for(moment, process, broken, rng)
+            alive = process.poll() is None
             process.kill()
             process.wait()
-        if not (folder / "broken/model").exists() and start(folder / "broken", overrides, log).wait() != 0:
+            hit["while saving" if half_written(broken) else "elsewhere"] += alive
+        finished = (broken / f"checkpoints/step_{last:05d}").exists()
+        if not finished and start(broken, overrides, log).wait() != 0:
             return ["the last start, which did not end well"], hit
-    return differences(folder / "straight", folder / "broken"), hit
+    return differences(straight, broken), hit
 
 
 def main() -> None:

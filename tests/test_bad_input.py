@@ -100,7 +100,7 @@ def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path, 
 def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
     import train_dapo
     monkeypatch.setattr(train_dapo, "update", lambda run, samples, step, timer: [signal.raise_signal(signal.SIGINT) for _ in "12"])
-    with pytest.raises(SystemExit, match="^interrupted; the same command goes on from the last checkpoint$"):
+    with pytest.raises(SystemExit, match="^interrupted; the same command begins anew$"):
         start()
 
 

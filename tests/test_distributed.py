@@ -61,6 +61,7 @@ def test_a_sharded_policy_is_the_same_policy(one_process, tmp_path):
     assert_alike(one_process, sharded)
     for mode in MODES:
         assert sharded[f"{mode}/sharded"] and sharded[f"{mode}/synced"] and not one_process[f"{mode}/sharded"]
+    assert sharded["shards"] == 2 and sharded["restored"] and sharded["exported"] and sharded["missing"] == "__1_0.distcp is missing"
 
 
 def test_the_uneven_case_is_uneven(one_process):
@@ -102,11 +103,12 @@ def two_hosts():
             ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
+        yield names
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no network namespaces here (they need root and iproute2): {error}")
-    yield names
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], check=False)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def on_both(hosts, disk, script):

@@ -20,6 +20,7 @@ os.chdir(ROOT)
 
 import run as run_module  # noqa: E402
 import train_dapo  # noqa: E402
+from checkpoint import load_checkpoint, save_checkpoint, what_is_wrong  # noqa: E402
 from config import load_config  # noqa: E402
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven"]
@@ -80,12 +81,54 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
                           for name, weight in run_module.whole_weights(policy))}
 
 
+def weights_of(run) -> np.ndarray:
+    return np.concatenate([whole(w) for _, w in run_module.whole_weights(run.accelerator.unwrap_model(run.policy))])
+
+
+def round_trip(run_dir: str) -> dict:
+    """A sharded run is trained by a step, saved, exported, and read again, whole and with a shard missing."""
+    def fresh():
+        config = load_config("config.yaml", [*SMALL, f"run_dir={run_dir}", "total_training_steps=1"])
+        run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
+        run_module.sync_weights(run)
+        return run, prompts
+    run, prompts = fresh()
+    accelerator, directory = run.accelerator, Path(run_dir)
+    if accelerator.is_main_process:
+        directory.mkdir()
+    accelerator.wait_for_everyone()
+    (metrics, _, _), = train_dapo.train(run, prompts, Counter())
+    counters = {name: metrics[name] for name in train_dapo.COUNTERS}
+    save_checkpoint(accelerator, run.policy, run.optimizer.optimizer, run_dir, {"counters": counters}, keep=1)
+    train_dapo.save_model(run, "model")
+    (path,) = (directory / "checkpoints").iterdir()
+    other, _ = fresh()
+    before = weights_of(other)
+    load_checkpoint(other.accelerator, other.policy, other.optimizer.optimizer, path)
+    moments = [[whole(value) for value in optimizer.state[p].values()] for optimizer, policy in
+               ((run.optimizer.optimizer, run.policy), (other.optimizer.optimizer, other.policy)) for p in policy.parameters()]
+    half = len(moments) // 2
+    exported = run_module.AutoModelForCausalLM.from_pretrained(directory / "model").state_dict()
+    result = {"shards": len(list(path.glob("*.distcp"))),
+              "restored": np.array_equal(weights_of(run), weights_of(other)) and not np.array_equal(weights_of(run), before)
+              and half and all(np.array_equal(a, b) for x, y in zip(moments[:half], moments[half:], strict=True)
+                               for a, b in zip(x, y, strict=True)),
+              "exported": all(np.array_equal(whole(exported[name]), whole(w)) for name, w in
+                              run_module.whole_weights(run.accelerator.unwrap_model(run.policy)))}
+    if accelerator.is_main_process:
+        (path / "__1_0.distcp").unlink()
+    accelerator.wait_for_everyone()
+    return {**result, "missing": what_is_wrong(accelerator, path)}
+
+
 def main() -> None:
     out, sharded = sys.argv[1], "sharded" in sys.argv
     if sharded:
         run_module.Accelerator = sharded_accelerator
     results = {f"{mode}/{name}": value for mode in MODES
                for name, value in three_steps(mode, [f"run_dir={out}"]).items()}
+    if sharded:
+        results |= round_trip(f"{out}.run")
     accelerator = Accelerator(cpu=True)
     if accelerator.is_main_process:
         np.savez(out, world=accelerator.num_processes, **results)
