@@ -88,6 +88,16 @@ def test_deepspeed_shards_the_same_policy(one_process, tmp_path):
     assert all(np.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
+def test_what_two_processes_saved_one_goes_on_with(tmp_path, start):
+    common = [*TINY, "save_every=1", "val.file="]
+    run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config", "config.yaml",
+                f"run_dir={tmp_path / 'run'}", *common, "total_training_steps=1"])
+    both = start(*common, "total_training_steps=2").rename(tmp_path / "both")
+    one = start(*common, "total_training_steps=2")
+    for a, b in zip(read(one), read(both), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a cable between them."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +32,7 @@ def sharded_accelerator(**settings) -> Accelerator:
     """Accelerate offers FSDP2 on GPUs only; its own code for it runs on CPUs as well, once it is told to."""
     accelerator = Accelerator(**settings)
     accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does, for states made later
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
     return accelerator
@@ -76,7 +77,8 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
     weights = np.concatenate([whole(weight) for _, weight in run_module.whole_weights(policy)])
     copies = run.writer.state_dict()
     return {**results, "gradients": np.stack(gradients), "weights": weights,
-            "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.writer is not policy,
+            "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.accelerator.is_fsdp2
+            and run.writer is not policy,
             "synced": all(np.array_equal(whole(copies[name]), whole(weight))
                           for name, weight in run_module.whole_weights(policy))}
 
