@@ -198,5 +198,8 @@ def check_config(config: SimpleNamespace) -> None:
         raise ValueError(f"data.answer_regex {config.data.answer_regex!r} is no regular expression: {error}") from None
     if config.data.answer_regex and not groups:
         raise ValueError(f"data.answer_regex {config.data.answer_regex!r} has no group: put the answer in parentheses")
+    if config.rollout.correction != "off" and config.actor.old_logprobs == "rollout":
+        raise ValueError("rollout.correction compares the trainer's old log-probs with the sampler's: it needs "
+                         "actor.old_logprobs=recompute")
     if 0 < config.actor.clip_ratio_c <= 1:
         raise ValueError(f"actor.clip_ratio_c={config.actor.clip_ratio_c} must be above 1, or 0 (off)")

@@ -8,8 +8,8 @@ DAPO's objective (arXiv 2503.14476, equations 8 and 9), over the responses o_i t
 Departures from the paper, each optional or harmless:
   1. std is the sample standard deviation (n - 1), and 1e-6 is added to it.
   2. The sum over tokens runs over an optimizer step's whole mini-batch, on all ranks (`num_tokens`).
-  3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms and the entropy
-     are for ablations; none of them is on by default.
+  3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms, the entropy and
+     `rollout_weights` are for ablations; none of them is on by default.
 
 Shapes: B responses, T response tokens (padded on the right), V vocabulary, G groups, n responses a group.
 Masks are 1 on the tokens that train and 0 elsewhere; whatever stands where the mask is 0 has no effect.
@@ -70,7 +70,8 @@ def group_advantages(rewards: Tensor, norm_by_std: bool = True, eps: float = 1e-
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_ratio_low: float, clip_ratio_high: float,
-                clip_ratio_c: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                clip_ratio_c: float | None = None,
+                rollout_weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped-ratio loss of every token (equation 8, negated), and what the clipping did.
 
     Args:
@@ -79,6 +80,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         clip_ratio_low, clip_ratio_high: the ratio counts between 1 - low and 1 + high.
         clip_ratio_c: dual clip (arXiv 1912.09729): where the advantage is negative, the loss is at
             most -A * c. None or 0: off.
+        rollout_weights: (B, T) or (B, 1), factors of the loss: see `rollout_weights`.
     Returns:
         The loss (B, T), not yet masked or aggregated, and sums over the masked tokens (0-d, detached):
         ratio, clip_up, clip_down, clip_dual (token counts), clip_up_prob (probability of the tokens
@@ -95,10 +97,27 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     if clip_ratio_c:
         clip_dual = (advantages < 0) & (ratio > clip_ratio_c) & mask
         loss = torch.where(clip_dual, -advantages * clip_ratio_c, loss)
+    if rollout_weights is not None:
+        loss = loss * rollout_weights
     prob = torch.where(mask, logprobs.detach(), -torch.inf).exp()
     stats = {"ratio": ratio * mask, "clip_up": clip_up, "clip_down": clip_down, "clip_dual": clip_dual,
              "clip_up_prob": prob * clip_up, "kl": -log_ratio, "token_prob": prob}
     return loss, {name: value.detach().sum(dtype=torch.float64) for name, value in stats.items()}
+
+
+def rollout_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: str = "token",
+                    cap: float = 2.0) -> Tensor:
+    """Truncated importance weights for responses whose sampler computes a little differently than the trainer.
+
+    `token`: min(pi_old / pi_rollout, cap) of each token, (B, T). `sequence`: of whole responses, (B, 1): unbiased
+    but for the cap, and of high variance where responses are long. Detached; 1 where the mask is 0.
+    """
+    difference = torch.where(mask.bool(), old_logprobs - rollout_logprobs, 0.0).detach()
+    if level == "sequence":
+        difference = difference.sum(dim=1, keepdim=True)
+    elif level != "token":
+        raise ValueError(f"rollout weights' level {level!r} is none of token, sequence")
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=cap)
 
 
 def aggregate(loss: Tensor, mask: Tensor, mode: str, num_tokens: int | None = None,

@@ -1,11 +1,12 @@
 """How does the current policy write responses? Token ids in, responses with their log-probs out.
 
-Sampling is by inverse transform: each response has a random stream of its own, so what is sampled does
-not depend on how prompts are batched. The log-probs that come with the tokens are those of the
-distribution that was sampled from, after temperature and top_p.
+An `Engine` is three functions, behind which is a transformers model (here) or vLLM (rollout_vllm.py). Either
+way each response has a random stream of its own, so what is sampled does not depend on how prompts are
+batched, and the log-probs that come with the tokens are those of the distribution that was sampled from, after
+temperature and top_p.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,32 @@ class Response:
     logprobs: np.ndarray
     text: str
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`write(prompts, seeds, n, max_tokens, temperature, top_p, progress)`: n responses to each prompt, as `generate`
+    has it. `sync(weights)`: take these (name, value) pairs as the policy's weights. `rest()`: until the next sync,
+    nothing is to be written; give up memory. `apart`: whether its weights are a copy of the policy's."""
+    write: Callable[..., list[list[Response]]]
+    sync: Callable[[Iterable[tuple[str, Tensor]]], None]
+    rest: Callable[[], None]
+    apart: bool
+
+
+def transformers_engine(model, tokenizer, autocast: Callable, max_num_seqs: int, apart: bool) -> Engine:
+    """The model writes; `apart` says that it is a copy of the policy, not the policy itself."""
+    def write(prompts, seeds, n, max_tokens, temperature, top_p, progress=""):
+        with autocast():
+            return generate(model, tokenizer, prompts, seeds, n, max_tokens, temperature, top_p, max_num_seqs, progress)
+
+    @torch.no_grad()
+    def sync(weights):
+        if apart:
+            copies = model.state_dict()
+            for name, weight in weights:
+                copies[name].copy_(weight)
+    return Engine(write, sync, lambda: None, apart)
 
 
 def pack(groups: Sequence[Sequence[Response]]) -> tuple:

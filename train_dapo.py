@@ -38,10 +38,10 @@ from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharde
                         read_progress, rename_whole, save_checkpoint, together, trim_run)
 from config import flatten, one_line_errors, read_command_line
 from evaluate import Evaluation, evaluate, format_table
-from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs
+from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
 from plot import plot_runs
 from reward import Score, judge, overlong_penalty
-from rollout import Response, generate, pack, unpack
+from rollout import Response, pack, unpack
 from run import Run, set_up, sync_weights, whole_weights
 from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informative, make_rng,
                       micro_batches, mini_batches)
@@ -166,15 +166,18 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
         parameters["lr"] = lr
     batches = [indices for epoch in range(config.actor.ppo_epochs) for indices in mini_batches(
         len(samples), config.actor.ppo_mini_batch_size, make_rng(config.seed, "mini-batches", step, epoch))]
+    run.engine.rest()
     with timer("logprobs"):
         samples = with_logprobs(run, samples, batches)
-    sums, losses, norms = defaultdict(float), [], []
+    sums, losses, norms, largest_ratio = defaultdict(float), [], [], 0.0
     with timer("update"):
         for number, indices in enumerate(batches):
             mini = [samples[i] for i in indices]
             if not any(sample.trains for sample in mini):  # all truncated, and filtered out
                 continue
-            stats = accumulate_gradients(run, mini, on_policy=number == 0)
+            on_policy = number == 0 and config.actor.old_logprobs == "recompute"
+            stats, largest = accumulate_gradients(run, mini, on_policy)
+            largest_ratio = max(largest_ratio, largest)
             losses.append(stats.pop("loss"))
             norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)
             norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
@@ -185,9 +188,13 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
             run.optimizer.zero_grad()
             for name, value in stats.items():
                 sums[name] += value
+    with timer("sync"):
         sync_weights(run)
     timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
     metrics = actor_metrics(config, sums, losses, norms) if losses else {}
+    if losses:
+        metrics["actor/rollout_max_ratio"] = largest_ratio
+        check_agreement(run, step, metrics["actor/rollout_diff"])
     return {"updates": len(losses), "actor/lr": lr, **metrics}
 
 
@@ -200,7 +207,9 @@ def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample
     first = set(batches[0].tolist()) if run.config.actor.ppo_epochs == 1 else set()
     later = [i for i in range(len(samples)) if i not in first]
     samples = list(samples)
-    if later:
+    if run.config.actor.old_logprobs == "rollout":
+        samples = [replace(sample, old_logprobs=sample.rollout_logprobs) for sample in samples]
+    elif later:
         for i, old in zip(later, logprobs_of(run, run.policy, [samples[i] for i in later]), strict=True):
             samples[i] = replace(samples[i], old_logprobs=old)
     if run.config.actor.use_kl_loss:
@@ -209,12 +218,15 @@ def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample
     return samples
 
 
-def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[str, float]:
-    """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics."""
+def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> tuple[dict[str, float], float]:
+    """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics.
+
+    And the largest ratio of the old probability of a token to the one that it was sampled with.
+    """
     config, accelerator = run.config, run.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
     num_seqs = sum(sample.trains for sample in mini)
-    sums = defaultdict(float)
+    sums, largest = defaultdict(float), torch.zeros((), device=accelerator.device)
     micros = micro_batches(mini, config.actor.max_tokens_per_micro_batch, accelerator.process_index,
                            accelerator.num_processes)
     for indices in micros:
@@ -226,10 +238,11 @@ def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[
             with accelerator.autocast():
                 loss, stats = micro_batch_loss(config, run.policy, batch, on_policy, num_tokens, num_seqs)
             accelerator.backward(loss * accelerator.num_processes)  # since gradients are averaged over them
+        largest = torch.maximum(largest, stats.pop("rollout_max"))
         for name, value in stats.items():
             sums[name] = sums[name] + value
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-    return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens}
+    return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens}, accelerator.gather(largest).max().item()
 
 
 def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], on_policy: bool,
@@ -241,10 +254,17 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
     actor, mask = config.actor, batch["mask"]
     logprobs, entropy = response_logprobs(model, batch, config.rollout.temperature)  # (B, T) each
     old = logprobs.detach() if on_policy else batch["old_logprobs"]
+    sampled, rollout = batch["rollout_logprobs"], config.rollout
+    weights = None if rollout.correction == "off" else rollout_weights(old, sampled, mask, rollout.correction,
+                                                                       rollout.correction_cap)
     loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low, actor.clip_ratio_high,
-                              actor.clip_ratio_c)
+                              actor.clip_ratio_c, weights)
     stats["entropy"] = entropy.detach()[mask].sum(dtype=torch.float64)
-    stats["rollout_diff"] = (old - batch["rollout_logprobs"]).abs()[mask].sum(dtype=torch.float64)
+    ratio = rollout_weights(old, sampled, mask, cap=torch.inf)
+    stats |= {"rollout_diff": (old - sampled).abs()[mask].sum(dtype=torch.float64),
+              "rollout_kl": kl_penalty(sampled, old, "k3")[mask].sum(dtype=torch.float64),
+              "rollout_truncated": (ratio > rollout.correction_cap)[mask].sum(dtype=torch.float64),
+              "rollout_max": (ratio * mask).max()}
     if actor.entropy_coeff:
         loss = loss - actor.entropy_coeff * entropy
     if actor.use_kl_loss:
@@ -253,6 +273,29 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
         loss = loss + actor.kl_loss_coef * kl
     total = aggregate(loss, mask, actor.loss_agg_mode, num_tokens, num_seqs)
     return total, {"loss": total.detach().double(), **stats}
+
+
+def check_agreement(run: Run, step: int, difference: float) -> None:
+    """Raise SystemExit where sampler and trainer differ by more than rounding: the weights did not get there."""
+    config = run.config
+    limit = 1e-3 if (config.mixed_precision, config.model.dtype) == ("no", "float32") else 0.1
+    if run.engine.apart and config.rollout.top_p == 1 and difference > limit:
+        raise SystemExit(f"error: step {step}: the log-probs of sampler and trainer differ by {difference:.4f} in the "
+                         f"mean, where rounding explains {limit}: the engine does not have the policy's weights")
+
+
+def check_sync(run: Run, prompts: list[Prompt]) -> None:
+    """Before anything is trained: does the engine have the policy's weights? Raises SystemExit."""
+    config, some = run.config, [prompt.token_ids for prompt in prompts[:4]]
+    if run.engine.apart:
+        groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(16, config.data.max_response_length),
+                                  config.rollout.temperature, 1.0, "")
+        everyones = [unpack(packed, 2) for packed in gather_object([pack(groups)])]
+        samples = [Sample(ids, response.token_ids, 0.0, rollout_logprobs=torch.from_numpy(response.logprobs))
+                   for groups in everyones for ids, group in zip(some, groups, strict=True) for response in group]
+        differences = torch.cat([(mine - sample.rollout_logprobs).abs() for mine, sample in
+                                 zip(logprobs_of(run, run.policy, samples), samples, strict=True)])
+        check_agreement(run, 0, differences.mean().item())
 
 
 # ---- what the processes share ---------------------------------------------------------------------------
@@ -264,17 +307,17 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
     Each process takes its share of the prompts, and gets the others' results. `purpose` and a prompt's
     position in the stream determine what is sampled for it.
     """
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    prompts, positions = prompts[rank::world], positions[rank::world]
+    size = run.config.rollout.tensor_parallel_size  # so many processes write the same together
+    engine, engines = run.accelerator.process_index // size, run.accelerator.num_processes // size
+    prompts, positions = prompts[engine::engines], positions[engine::engines]
     seeds = [tuple(make_rng(run.config.seed, purpose, at).integers(2**32, size=4).tolist()) for at in positions]
-    with timer("generate"), run.accelerator.autocast():
-        responses = generate(
-            run.writer, run.tokenizer, [prompt.token_ids for prompt in prompts], seeds, n,
-            run.config.data.max_response_length, temperature, top_p, run.config.rollout.max_num_seqs,
-            progress=purpose if run.accelerator.is_main_process else "")
+    with timer("generate"):
+        responses = run.engine.write([prompt.token_ids for prompt in prompts], seeds, n,
+                                     run.config.data.max_response_length, temperature, top_p,
+                                     purpose if run.accelerator.is_main_process else "")
     with timer("reward"):
         scores, failure = judge_all(run.verifier, prompts, responses)
-        results = gather_object([(positions, pack(responses), scores, failure)])
+        results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
         raise SystemExit(f"error: {purpose}, {failures[0]}")
     rows = sorted((row for positions, packed, scores, _ in results
@@ -339,6 +382,7 @@ def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[dict, Counter, dict[s
                if key.startswith("val.") and key != "val.every"):
             progress["evaluations"] = {}  # not to be compared with those to come
     sync_weights(run)
+    check_sync(run, prompts)
     trim_run(run.accelerator, run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
     with together(run.accelerator, "run_dir"):
         if run.accelerator.is_main_process:
@@ -409,7 +453,8 @@ class Timer:
     def metrics(self) -> dict[str, float]:
         """`time/<phase>` in seconds, `time/step` for all of it, `tokens_per_s/<phase>`."""
         step = time.perf_counter() - self.start
-        seconds = {phase: self.seconds[phase] for phase in ("generate", "reward", "logprobs", "update")}
+        seconds = {phase: self.seconds[phase] for phase in
+                   ("generate", "reward", "logprobs", "update", "sync")}
         seconds["other"] = step - sum(seconds.values())
         return {**{f"time/{phase}": value for phase, value in seconds.items()}, "time/step": step,
                 **{f"tokens_per_s/{phase}": tokens / seconds[phase] for phase, tokens in self.tokens.items()}}
@@ -447,6 +492,7 @@ def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[
     """What an update did: means over its optimizer steps (loss, gradient norm) or its trained tokens (all else)."""
     tokens = sums["tokens"]
     names = ["entropy", "token_prob", "ratio", "kl", "rollout_diff", "clip_up", "clip_down"]
+    names += ["rollout_kl", "rollout_truncated"]
     names += ["clip_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
     return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms),
             **{f"actor/{name}": sums[name] / tokens for name in names},
