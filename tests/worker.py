@@ -41,8 +41,8 @@ def sharded_accelerator(**settings) -> Accelerator:
 def uneven(generate, rank, world):
     """Every other prompt's responses are cut after 3 tokens: in a pair, one rank's are ten times longer than the
     other's, which keeps no group. With one process the same prompts are cut."""
-    def cut(model, tokenizer, prompts, *arguments, **keywords):
-        groups = generate(model, tokenizer, prompts, *arguments, **keywords)
+    def cut(prompts, *arguments):
+        groups = generate(prompts, *arguments)
         return [[replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3], text="", finish_reason="length")
                  for r in group] if (rank + world * i) % 2 else group for i, group in enumerate(groups)]
     return cut
@@ -57,7 +57,7 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
     config = load_config("config.yaml", [*SMALL, *overrides, *extras])
     run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
     run_module.sync_weights(run)
-    gradients, clip, generate = [], run.accelerator.clip_grad_norm_, train_dapo.generate
+    gradients, clip, writer = [], run.accelerator.clip_grad_norm_, run.engine.write.args[0]
 
     def keep_gradients(parameters, bound):
         parameters = list(parameters)
@@ -65,20 +65,20 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
         return clip(parameters, bound)
     run.accelerator.clip_grad_norm_ = keep_gradients
     if mode == "uneven":
-        train_dapo.generate = uneven(generate, run.accelerator.process_index, run.accelerator.num_processes)
+        run = replace(run, engine=replace(run.engine, write=uneven(
+            run.engine.write, run.accelerator.process_index, run.accelerator.num_processes)))
     results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
     for metrics, groups, _ in train_dapo.train(run, prompts, Counter()):
         results["positions"] += [group.position for group in groups]
         results["lengths"] += [len(r.token_ids) for group in groups for r in group.responses]
         results["tokens"] += [token for group in groups for r in group.responses for token in r.token_ids]
         results["losses"].append(metrics["actor/loss"])
-    train_dapo.generate = generate
     policy = run.accelerator.unwrap_model(run.policy)
     weights = np.concatenate([whole(weight) for _, weight in run_module.whole_weights(policy)])
-    copies = run.writer.state_dict()
+    copies = writer.state_dict()
     return {**results, "gradients": np.stack(gradients), "weights": weights,
             "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.accelerator.is_fsdp2
-            and run.writer is not policy,
+            and run.engine.apart and writer is not policy,
             "synced": all(np.array_equal(whole(copies[name]), whole(weight))
                           for name, weight in run_module.whole_weights(policy))}
 
