@@ -219,7 +219,7 @@ def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample
 
 
 def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[str, float]:
-    """The gradient of a mini-batch, the same however it is split; its loss, and sums (one maximum) of its statistics."""
+    """The gradient of a mini-batch, the same however it is split; its loss, sums of its statistics, one maximum."""
     config, accelerator = run.config, run.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini if sample.trains)
     num_seqs = sum(sample.trains for sample in mini)
