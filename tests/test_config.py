@@ -66,9 +66,9 @@ def test_a_missing_config_is_one_line():
 ])
 def test_a_mistake_in_config_yaml_itself_is_found(tmp_path, monkeypatch, old, new, message):
     """It is the file that everyone edits."""
-    for name in ("train_dapo.py", "run.py", "checkpoint.py", "config.yaml"):
-        (tmp_path / name).write_text((ROOT / name).read_text().replace(old, new) if name == "config.yaml" else
-                                     (ROOT / name).read_text())
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text().replace(old, new))
     monkeypatch.setattr(config_module, "SCHEMA", tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.yaml")
@@ -95,7 +95,7 @@ def test_every_key_has_a_type_and_a_comment_and_is_read():
     for line in (ROOT / "config.yaml").read_text().splitlines():
         if "# [" in line:
             assert re.search(r"\]\*? \S", line), f"no explanation: {line}"
-    code = "".join((ROOT / name).read_text() for name in ("train_dapo.py", "run.py", "checkpoint.py"))
+    code = "".join((ROOT / name).read_text() for name in ("train_dapo.py", "run.py", "checkpoint.py", "rollout_vllm.py"))
     assert all(f".{key.rpartition('.')[2]}" in code for key in rules)
 
 
