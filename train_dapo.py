@@ -166,7 +166,8 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
         parameters["lr"] = lr
     batches = [indices for epoch in range(config.actor.ppo_epochs) for indices in mini_batches(
         len(samples), config.actor.ppo_mini_batch_size, make_rng(config.seed, "mini-batches", step, epoch))]
-    run.engine.rest()
+    with timer("sync"):
+        run.engine.rest()
     with timer("logprobs"):
         samples = with_logprobs(run, samples, batches)
     sums, losses, norms, largest_ratio = defaultdict(float), [], [], 0.0

@@ -4,6 +4,7 @@ import json
 import subprocess
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,10 @@ def write_reward(tmp_path, body):
     (["log_with=nothing"], "error: .*nothing"),
     (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
     (["data.max_response_length=500"], "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256"),
+    (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1"),
+    (["rollout.correction=token", "actor.old_logprobs=rollout"], "rollout.correction compares .* needs actor.old_logprobs=recompute"),
+    pytest.param(["rollout.backend=vllm"], "rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt",
+                 marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")),
 ])
 def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, message):
     (tmp_path / "mine.jsonl").write_text('{"task": "a1 b+1?", "answer": "2"}\n')

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import losses
-from losses import aggregate, group_advantages, kl_penalty, policy_loss, token_logprobs
+from losses import aggregate, group_advantages, kl_penalty, policy_loss, rollout_weights, token_logprobs
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -219,3 +219,25 @@ def test_the_entropy_of_a_large_vocabulary_is_never_in_one_piece():
         results = token_logprobs(logits, torch.zeros(1, 2000, dtype=torch.long))
     assert len(saved) and results[0].requires_grad
     assert sum(saved.values()) <= 1.1 * 2 * logits.numel()  # the bfloat16 logits themselves, and no float32 copy of them
+
+
+# ---- rollout correction ----
+
+def test_rollout_weights_by_hand():
+    old, sampled = torch.tensor([[0.5, 0.2, 0.9], [0.3, 0.3, 0.3]]).log(), torch.tensor([[0.25, 0.4, 0.1], [0.1, 0.3, 0.6]]).log()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    tokens = rollout_weights(old, sampled, mask, "token", cap=1.5)
+    assert torch.allclose(tokens, torch.tensor([[1.5, 0.5, 1.0], [1.5, 1.0, 0.5]]))  # ratios 2, 1/2, masked; 3, 1, 1/2
+    sequences = rollout_weights(old, sampled, mask, "sequence", cap=1.2)
+    assert torch.allclose(sequences, torch.tensor([[1.0], [1.2]]))  # products 1 and 3/2
+    assert not rollout_weights(old.requires_grad_(), sampled, mask).requires_grad
+    with pytest.raises(ValueError, match="none of token, sequence"):
+        rollout_weights(old, sampled, mask, "word")
+
+
+def test_rollout_weights_multiply_the_loss():
+    logprobs, old = torch.randn(2, 3), torch.randn(2, 3)
+    advantages, mask, weights = torch.randn(2, 1), torch.ones(2, 3), torch.rand(2, 1)
+    plain, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28)
+    weighted, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, rollout_weights=weights)
+    assert torch.allclose(weighted, plain * weights)

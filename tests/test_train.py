@@ -146,6 +146,30 @@ def test_reference_logprobs_only_where_a_kl_is_on(make_run):
     assert math.isfinite(stats["actor/ref_kl"])
 
 
+def test_with_the_samplers_logprobs_as_the_old_ones_there_is_no_pass_for_them(make_run, monkeypatch):
+    run, prompts = make_run("actor.old_logprobs=rollout")
+    samples = [replace(sample, rollout_logprobs=sample.rollout_logprobs.float()) for sample in make_mini(run, prompts)]
+    monkeypatch.setattr(train_dapo, "logprobs_of", None)
+    on_policy, original = [], train_dapo.accumulate_gradients
+    monkeypatch.setattr(train_dapo, "accumulate_gradients", lambda run, mini, first: on_policy.append(
+        (first, all(s.old_logprobs is s.rollout_logprobs for s in mini))) or original(run, mini, first))
+    update(run, samples, 1, Timer())
+    assert on_policy == [(False, True), (False, True)]
+
+
+@pytest.mark.parametrize(("correction", "cap", "factor"), [("token", 2.0, 1.5), ("token", 1.2, 1.2), ("off", 2.0, 1.0)])
+def test_rollout_correction_weighs_the_gradient(make_run, correction, cap, factor):
+    """The sampler gave every token two thirds of the probability that the trainer gives it."""
+    run, prompts = make_run("rollout.correction=off", double=True)
+    mini = [replace(sample, rollout_logprobs=sample.old_logprobs - math.log(1.5)) for sample in make_mini(run, prompts)]
+    plain, _ = gradient(run, mini)
+    run.config.rollout.correction, run.config.rollout.correction_cap = correction, cap
+    weighted, stats = gradient(run, mini)
+    assert (weighted - factor * plain).abs().max() < 1e-6
+    assert stats["rollout_max"] == pytest.approx(1.5) and stats["rollout_truncated"] == (stats["tokens"] if cap < 1.5 else 0)
+    assert stats["rollout_kl"] / stats["tokens"] == pytest.approx(1.5 - 1 - math.log(1.5))
+
+
 def test_warm_up_counts_rollout_steps_not_optimizer_steps(make_run):
     run, prompts = make_run("actor.ppo_mini_batch_size=4", "actor.lr=1e-3", "actor.lr_warmup_steps=4")
     rates = [update(run, make_mini(run, prompts), step, Timer())["actor/lr"] for step in (1, 2, 4, 9)]
