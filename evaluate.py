@@ -74,11 +74,13 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 def main() -> None:
     """Generate, judge and print the table."""
     from config import read_command_line
-    from train_dapo import set_up, validate  # which imports this module
+    from run import set_up, sync_weights
+    from train_dapo import validate  # which imports this module
     config = read_command_line("Judge a model on the validation data of a config.")
     if not config.val.file:
         raise SystemExit("error: val.file names no data to evaluate on")
     run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
+    sync_weights(run)
     print(format_table({config.model.path: validate(run, prompts)}))
 
 

@@ -162,6 +162,16 @@ def test_another_config_is_refused_with_the_list_of_what_differs(start, saved):
     assert [path.name for path in (saved / "checkpoints").iterdir()] == ["step_00004"]
 
 
+def test_figures_of_another_validation_are_not_compared(start, capsys):
+    start("save_every=1")
+    capsys.readouterr()
+    start("save_every=1", "total_training_steps=3")
+    assert "before" in capsys.readouterr().out  # of the first start
+    start("save_every=1", "total_training_steps=4", "val.n=3")
+    out = capsys.readouterr().out
+    assert "avg@3" in out and "avg@2" not in out and "before" not in out
+
+
 def test_other_prompts_are_refused(start, saved, tmp_path):
     (tmp_path / "other.jsonl").write_text("".join((ROOT / "toy/train.jsonl").read_text().splitlines(keepends=True)[:50]))
     with pytest.raises(SystemExit, match="is of a run on other prompts: data.train_file has changed"):
@@ -271,7 +281,8 @@ def test_the_last_checkpoint_comes_after_the_policy(start, saved, monkeypatch, t
 
 
 def test_older_checkpoints_of_a_damaged_newer_one_are_not_pruned_in_its_place(start, saved):
-    flip_a_bit(saved / "checkpoints/step_00002/__0_0.distcp")
+    damaged = shutil.copytree(saved / "checkpoints/step_00002", saved / "checkpoints/step_00009")
+    flip_a_bit(damaged / "__0_0.distcp")
     start("save_every=1", "keep_checkpoints=1", "val.file=", "total_training_steps=3")
     assert [path.name for path in (saved / "checkpoints").iterdir()] == ["step_00003"]
 

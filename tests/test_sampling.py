@@ -208,3 +208,13 @@ def test_old_logprobs_are_there_only_where_all_have_them():
     old = torch.zeros(2)
     assert "old_logprobs" in collate([sample(1, 2, old_logprobs=old)] * 2, 0)
     assert "old_logprobs" not in collate([sample(1, 2, old_logprobs=old), sample(1, 2)], 0)
+
+
+def test_ranks_have_alike_work_and_the_same_number_of_micro_batches():
+    rng = np.random.default_rng(0)
+    samples = [Sample([1] * 5, np.zeros(int(length), np.int32), 0.0) for length in rng.exponential(300, 500)]
+    shares = [micro_batches(samples, 4000, rank, 8) for rank in range(8)]
+    tokens = [sum(len(samples[i]) for batch in share for i in batch) for share in shares]
+    assert max(tokens) < 1.01 * min(tokens)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(500))

@@ -121,6 +121,17 @@ def test_logprobs_are_those_after_temperature_and_top_p(vllm_run):
             assert response.logprobs[0] == pytest.approx(expected[response.token_ids[0]], abs=1e-4)
 
 
+def test_evaluate_writes_with_the_model_that_it_is_given(vllm_run, monkeypatch, capsys):
+    import evaluate
+    run, _ = vllm_run
+    move(run, 0)
+    sync_weights(run)  # so the engine has other weights
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "config.yaml", *VLLM, "val.max_prompts=40", "val.n=4"])
+    evaluate.main()
+    accuracy = float(capsys.readouterr().out.splitlines()[-1].split()[1])
+    assert 0.15 < accuracy < 0.4  # the base model's, not noise's
+
+
 def train(run_dir, *overrides, processes=1):
     launch = ["--num_processes", "1"] if processes == 1 else ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29731"]
     result = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *launch, "train_dapo.py", "--config",
