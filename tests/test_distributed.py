@@ -70,7 +70,7 @@ def test_the_uneven_case_is_uneven(one_process):
     assert set(one_process["uneven/positions"] % 2) == {0}
 
 
-def test_deepspeed_shards_the_same_policy(one_process, tmp_path):
+def test_deepspeed_shards_the_same_policy(tmp_path):
     """ZeRO-3 on CPUs; everything is sharded, however small. Its first run compiles for minutes."""
     pytest.importorskip("deepspeed", reason="needs deepspeed, which is optional")
     zero = tmp_path / "zero3.json"

@@ -154,6 +154,15 @@ def test_processes_and_restarts_change_nothing(tmp_path):
             {k: v for k, v in b.items() if "time" not in k and "per_s" not in k}, rel=1e-4, abs=1e-5)
 
 
+def test_two_processes_can_share_an_engine(tmp_path):
+    """Tensor parallelism: half of every layer in each, the same responses up to rounding, each counted once."""
+    common = [*TINY, "save_rollouts=99", "val.file=", "total_training_steps=1"]
+    one = train(tmp_path / "one", *common)
+    two = train(tmp_path / "two", *common, "rollout.tensor_parallel_size=2", processes=2)
+    assert one[0]["responses/generated"] == two[0]["responses/generated"]
+    assert two[0]["actor/rollout_diff"] < 1e-4 and two[0]["actor/loss"] == pytest.approx(one[0]["actor/loss"], abs=1e-4)
+
+
 def test_the_embedded_default_trains_through_vllm(tmp_path):
     metrics = train(tmp_path / "run", "total_training_steps=20", "val.every=20")
     assert metrics[0]["val/val/avg@4"] < 0.4 and metrics[-1]["val/val/avg@4"] >= 0.85
