@@ -194,8 +194,8 @@ def whole_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple
 
 def gathered_by_deepspeed(weight: Tensor):
     """A context in which a weight that ZeRO-3 has sharded is whole."""
-    from deepspeed.zero import GatheredParameters
-    return GatheredParameters([weight])
+    import deepspeed
+    return deepspeed.zero.GatheredParameters([weight])
 
 
 @torch.no_grad()
