@@ -33,10 +33,12 @@ class Response:
 class Engine:
     """`write(prompts, seeds, n, max_tokens, temperature, top_p, progress)`: n responses to each prompt, as `generate`
     has it. `sync(weights)`: take these (name, value) pairs as the policy's weights. `rest()`: until the next sync,
-    nothing is to be written; give up memory. `apart`: whether its weights are a copy of the policy's."""
+    nothing is to be written; give up memory. `close()`: the run is over. `apart`: whether its weights are a copy of
+    the policy's."""
     write: Callable[..., list[list[Response]]]
     sync: Callable[[Iterable[tuple[str, Tensor]]], None]
     rest: Callable[[], None]
+    close: Callable[[], None]
     apart: bool
 
 
@@ -49,7 +51,7 @@ def transformers_engine(model, tokenizer, autocast: Callable, max_num_seqs: int,
             for name, weight in weights:
                 copies[name].copy_(weight)
     write = partial(generate, model, tokenizer, max_num_seqs=max_num_seqs, autocast=autocast)
-    return Engine(write, sync, lambda: None, apart)
+    return Engine(write, sync, rest=lambda: None, close=lambda: None, apart=apart)
 
 
 def pack(groups: Sequence[Sequence[Response]]) -> tuple:

@@ -60,7 +60,8 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, st
         if sleeps and not asleep:
             llm.sleep(level=2)
             asleep = True
-    return Engine(partial(write_responses, llm, tokenizer, stop_ids), sync, rest, apart=True)
+    return Engine(partial(write_responses, llm, tokenizer, stop_ids), sync, rest,
+                  close=llm.llm_engine.engine_core.shutdown, apart=True)
 
 
 def write_responses(llm, tokenizer, stop_ids: list[int], prompts, seeds, n: int, max_tokens: int, temperature: float,

@@ -623,6 +623,7 @@ def main() -> None:
         print("stopped, and saved. To go on, with the launcher's options as before:\n"
               f"accelerate launch {shlex.join(command)} resume=auto")
     run.accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after the others
+    run.engine.close()  # before the process groups that it has joined are gone
     run.accelerator.end_training()
     lock.release()
 

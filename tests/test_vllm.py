@@ -137,7 +137,7 @@ def train(run_dir, *overrides, processes=1):
     result = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *launch, "train_dapo.py", "--config",
                              "config.yaml", f"run_dir={run_dir}", "rollout.backend=vllm", *overrides], cwd=ROOT,
                             capture_output=True, text=True, check=False, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-3000:]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
