@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
-                        read_progress, rename_whole, save_checkpoint, together, trim_run)
+                        read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
 from config import flatten, one_line_errors, read_command_line
 from evaluate import Evaluation, evaluate, format_table
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
@@ -387,7 +387,7 @@ def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[dict, Counter, dict[s
         if run.accelerator.is_main_process:
             (run_dir / "rollouts").mkdir(exist_ok=True)
             resolved = json.loads(json.dumps(config, default=vars))
-            (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+            write_whole(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     run.accelerator.init_trackers("dapo", flatten(config))
     return identity, Counter(progress["counters"]), {
         name: Evaluation(**kept) for name, kept in progress["evaluations"].items()}

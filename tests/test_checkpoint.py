@@ -280,6 +280,13 @@ def test_the_last_checkpoint_comes_after_the_policy(start, saved, monkeypatch, t
     assert differences(start("save_every=1", "val.file=", "total_training_steps=4"), tmp_path / "killed") == []
 
 
+def test_the_config_is_never_half_written(start, saved):
+    """A start reads what the last one wrote: it is replaced, not written over, so that a kill leaves one of the two."""
+    before, inode = (saved / "config.yaml").read_text(), (saved / "config.yaml").stat().st_ino
+    start("save_every=1", "val.file=", "total_training_steps=3")
+    assert (saved / "config.yaml").read_text() != before and (saved / "config.yaml").stat().st_ino != inode
+
+
 def test_older_checkpoints_of_a_damaged_newer_one_are_not_pruned_in_its_place(start, saved):
     damaged = shutil.copytree(saved / "checkpoints/step_00002", saved / "checkpoints/step_00009")
     flip_a_bit(damaged / "__0_0.distcp")
