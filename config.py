@@ -201,5 +201,13 @@ def check_config(config: SimpleNamespace) -> None:
     if config.rollout.correction != "off" and config.actor.old_logprobs == "rollout":
         raise ValueError("rollout.correction compares the trainer's old log-probs with the sampler's: it needs "
                          "actor.old_logprobs=recompute")
+    rollout = config.rollout
+    if rollout.mode == "server":
+        if not all(re.fullmatch(r"https?://[^/,\s]+", url) for url in rollout.server_urls.split(",")):
+            raise ValueError(f"rollout.server_urls={rollout.server_urls!r}: rollout.mode=server wants http://host:port "
+                             "of each server, separated by commas")
+        if rollout.tensor_parallel_size > 1:
+            raise ValueError("rollout.tensor_parallel_size is for rollout.mode=colocate; a server has an option of "
+                             "its own, --tensor-parallel-size: set it to 1 here")
     if 0 < config.actor.clip_ratio_c <= 1:
         raise ValueError(f"actor.clip_ratio_c={config.actor.clip_ratio_c} must be above 1, or 0 (off)")

@@ -1,9 +1,9 @@
 """How does the current policy write responses? Token ids in, responses with their log-probs out.
 
-An `Engine` is three functions, behind which is a transformers model (here) or vLLM (rollout_vllm.py). Either
-way each response has a random stream of its own, so what is sampled does not depend on how prompts are
-batched, and the log-probs that come with the tokens are those of the distribution that was sampled from, after
-temperature and top_p.
+An `Engine` is a few functions, behind which is a transformers model (here), vLLM in this process (rollout_vllm.py)
+or vLLM servers (rollout_server.py). In each case a response has a random stream of its own, so what is sampled does
+not depend on how prompts are batched, and the log-probs that come with the tokens are those of the distribution
+that was sampled from, after temperature and top_p.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -73,6 +73,18 @@ def unpack(packed: tuple, n: int) -> list[list[Response]]:
     return [flat[i:i + n] for i in range(0, len(flat), n)]
 
 
+def as_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> list[Response]:
+    """Responses of token ids, their log-probs, and whether the last one is an EOS."""
+    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+    return [Response(ids, logprobs, text, "stop" if stopped else "length")
+            for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
+
+
+def request_seed(seed: tuple[int, ...]) -> int:
+    """The seed of a prompt's request to vLLM, which gives the i-th response this plus i."""
+    return int(np.random.default_rng(seed).integers(2**62))
+
+
 def stop_token_ids(model, tokenizer) -> list[int]:
     """Every token that ends a response: the model's generation config may name several."""
     configured = model.generation_config.eos_token_id
@@ -104,9 +116,7 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         with autocast():
             rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,
                              temperature, top_p, stop_ids)
-        texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
-        responses = [Response(ids, logprobs, text, "stop" if stopped else "length")
-                     for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
+        responses = as_responses(tokenizer, rows)
         groups += [responses[i:i + n] for i in range(0, len(responses), n)]
     model.train(training)
     return groups

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from rollout import Engine, Response
+from rollout import Engine, Response, as_responses, request_seed
 
 CPU_CACHE = 2**29  # bytes of KV cache where there is no GPU memory to take a share of
 
@@ -66,22 +66,20 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, st
 
 def write_responses(llm, tokenizer, stop_ids: list[int], prompts, seeds, n: int, max_tokens: int, temperature: float,
                     top_p: float, progress: str = "") -> list[list[Response]]:
-    """`n` responses to each prompt; vLLM gives the i-th of them the seed of its prompt plus i."""
+    """`n` responses to each prompt."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
-    greedy = temperature == 0  # all n are the same, and vLLM wants to write but one
-    settings = [SamplingParams(n=1 if greedy else n, seed=int(np.random.default_rng(seed).integers(2**62)),
-                               temperature=temperature, top_p=top_p, max_tokens=max_tokens, logprobs=0,
-                               stop_token_ids=stop_ids, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-                for seed in seeds]
+    copies = n if temperature == 0 else 1  # greedy ones are all the same, and vLLM wants to write but one
+    settings = [SamplingParams(n=n // copies, seed=request_seed(seed), temperature=temperature, top_p=top_p,
+                               max_tokens=max_tokens, logprobs=0, stop_token_ids=stop_ids, detokenize=False,
+                               output_kind=RequestOutputKind.FINAL_ONLY) for seed in seeds]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-    groups = [[read_output(output) for output in result.outputs] * (n if greedy else 1) for result in outputs]
-    texts = iter(tokenizer.batch_decode([ids for group in groups for ids, _, _ in group], skip_special_tokens=True))
-    return [[Response(ids, logprobs, next(texts), reason) for ids, logprobs, reason in group] for group in groups]
+    responses = iter(as_responses(tokenizer, [read_output(output) for result in outputs for output in result.outputs]))
+    return [[next(responses) for _ in result.outputs] * copies for result in outputs]
 
 
-def read_output(output) -> tuple[np.ndarray, np.ndarray, str]:
-    """Token ids, their log-probs, and why it ended, of what vLLM wrote."""
+def read_output(output) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Token ids, their log-probs, and whether it ended by itself, of what vLLM wrote."""
     ids = np.array(output.token_ids, dtype=np.int32)
     logprobs = [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)]
-    return ids, np.array(logprobs, dtype=np.float32), "stop" if output.finish_reason == "stop" else "length"
+    return ids, np.array(logprobs, dtype=np.float32), output.finish_reason == "stop"

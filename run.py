@@ -111,8 +111,14 @@ def load(auto_class, path: str, **how):
 
 
 def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module, tokenizer) -> Engine:
-    """What writes the responses, by `rollout.backend`. Raises ValueError where that is not to be had."""
+    """What writes the responses, by `rollout.mode` and `rollout.backend`. Raises ValueError where that is not to be
+    had, OSError where servers do not answer."""
     backend, size = config.rollout.backend, config.rollout.tensor_parallel_size
+    if config.rollout.mode == "server":
+        from rollout_server import server_engine
+        shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape))
+                  for name, weight in policy.state_dict(keep_vars=True).items()}
+        return server_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer), shapes)
     installed = find_spec("vllm") is not None
     if backend == "vllm" and not installed:
         raise ValueError("rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt (for GPUs) or "

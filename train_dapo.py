@@ -310,12 +310,17 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
     engine, engines = run.accelerator.process_index // size, run.accelerator.num_processes // size
     prompts, positions = prompts[engine::engines], positions[engine::engines]
     seeds = [tuple(make_rng(run.config.seed, purpose, at).integers(2**32, size=4).tolist()) for at in positions]
+    responses, scores, failure = [], [], ""
     with timer("generate"):
-        responses = run.engine.write([prompt.token_ids for prompt in prompts], seeds, n,
-                                     run.config.data.max_response_length, temperature, top_p,
-                                     purpose if run.accelerator.is_main_process else "")
+        try:
+            responses = run.engine.write([prompt.token_ids for prompt in prompts], seeds, n,
+                                         run.config.data.max_response_length, temperature, top_p,
+                                         purpose if run.accelerator.is_main_process else "")
+        except (OSError, ValueError) as error:  # a server's; all processes are to end
+            failure = str(error)
     with timer("reward"):
-        scores, failure = judge_all(run.verifier, prompts, responses)
+        if not failure:
+            scores, failure = judge_all(run.verifier, prompts, responses)
         results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
         raise SystemExit(f"error: {purpose}, {failures[0]}")

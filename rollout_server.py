@@ -1,0 +1,262 @@
+"""How do vLLM servers write responses? By requests to servers that somebody else started, and that may fail.
+
+New weights reach a server by vLLM's weight transfer, from GPU to GPU (`nccl`), or from a directory that it sees under
+the same name (`disk`). Servers keep the version of their weights, so that one that was started anew is found out
+before it writes: it gets the weights again (`disk`), or ends the run (`nccl`).
+"""
+
+import asyncio
+import shutil
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import rename_whole, together
+from rollout import Engine, Response, as_responses, request_seed
+
+
+@dataclass
+class Servers:
+    """`urls`; `timeout`, seconds to wait while none answers; `version` of the weights that they should have, "" for
+    any; `mend(client, url)`, for one that has another; `warn(message)`; `silent`, those that did not answer last."""
+    urls: list[str]
+    timeout: float
+    mend: Callable[[httpx2.AsyncClient, str], Awaitable]
+    warn: Callable[[str], None]
+    version: str = ""
+    silent: set[str] = field(default_factory=set)
+
+
+def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
+                  shapes: dict[str, tuple[int, ...]]) -> Engine:
+    """Running servers, as an `Engine`. `shapes`: those of the policy's weights, by name. Raises OSError, ValueError."""
+    rollout, folder = config.rollout, Path(config.run_dir).resolve() / "server_weights"
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else getattr(torch, config.model.dtype)
+    nccl = rollout.weight_transfer == "nccl" or (
+        rollout.weight_transfer == "auto" and accelerator.device.type == "cuda" and find_spec("vllm") is not None)
+    urls = rollout.server_urls.split(",")
+    first = accelerator.process_index % len(urls)  # each process begins with another
+    servers = Servers(urls[first:] + urls[:first], rollout.server_timeout, refuse if nccl else partial(load, folder),
+                      tqdm.write if accelerator.is_main_process else lambda message: None)
+    run, syncs = broadcast_object_list([str(time.time_ns())])[0], 0
+    with together(accelerator, "rollout.server_urls"):
+        if accelerator.is_main_process:
+            asyncio.run(with_client(answering, servers, len(servers.urls)))
+        send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
+
+    def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
+        nonlocal syncs
+        syncs += 1
+        servers.version = f"{run}-{syncs}"
+        send((name, weight.to(dtype)) for name, weight in weights)
+        with together(accelerator, "rollout.server_urls"):
+            if accelerator.is_main_process:
+                asyncio.run(with_client(answering, servers))
+    return Engine(partial(write_responses, servers, tokenizer, stop_ids, rollout.max_num_seqs), sync,
+                  rest=lambda: None, close=lambda: shutil.rmtree(folder, ignore_errors=True), apart=True)
+
+
+# ---- requests -------------------------------------------------------------------------------------------
+
+async def with_client(function: Callable, *arguments):
+    """`function(client, *arguments)`. No limit of time but for connecting: responses take as long as they take."""
+    async with httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10), trust_env=False,
+                                  limits=httpx2.Limits(max_connections=None)) as client:
+        return await function(client, *arguments)
+
+
+async def ask(client: httpx2.AsyncClient, url: str, path: str, body: dict | None = None) -> dict:
+    """A server's answer to a GET, or to a POST where there is a body. Raises ConnectionError where it cannot answer,
+    ValueError where it does not want to."""
+    try:
+        answer = await client.request("GET" if body is None else "POST", url + path, json=body)
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"{url} does not answer ({str(error) or type(error).__name__})") from error
+    if answer.is_success:
+        return answer.json() if answer.content else {}
+    said = f"{url}{path}: {answer.status_code}, {' '.join(answer.text.split())[:300]}"
+    if answer.status_code == 404:
+        raise ValueError(f"{said}: is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?")
+    raise ConnectionError(said) if answer.is_server_error else ValueError(said)
+
+
+def ask_all(servers: Servers, path: str, bodies: list[dict | None]) -> list[dict]:
+    """Every server's answer, to a body each; all at the same time."""
+    async def asked(client: httpx2.AsyncClient) -> list[dict]:
+        return await asyncio.gather(*(ask(client, url, path, body)
+                                      for url, body in zip(servers.urls, bodies, strict=True)))
+    return asyncio.run(with_client(asked))
+
+
+async def answering(client: httpx2.AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
+    """The servers that answer, all of them with the right weights. Waits for `at_least` so many.
+
+    Raises ConnectionError where `servers.timeout` is over before, and ValueError.
+    """
+    async def look(url: str) -> None:
+        version = (await ask(client, url, "/weight_info"))["weight_version"]
+        if servers.version not in ("", version):
+            await servers.mend(client, url)
+            if not (await ask(client, url, "/reset_prefix_cache", {}))["success"]:
+                raise ConnectionError(f"{url} did not empty its prefix cache")
+            await ask(client, url, "/update_weight_version", {"new_version": servers.version})
+
+    start = time.monotonic()
+    while True:
+        results = dict(zip(servers.urls, await asyncio.gather(*map(look, servers.urls), return_exceptions=True),
+                           strict=True))
+        silent = {url: error for url, error in results.items() if isinstance(error, ConnectionError)}
+        for url, error in results.items():
+            if error and url not in silent:
+                raise error
+            if error and url not in servers.silent:
+                servers.warn(f"warning: {error}")
+        servers.silent = set(silent)
+        if len(servers.urls) - len(silent) >= at_least:
+            return [url for url in servers.urls if url not in silent]
+        if time.monotonic() - start > servers.timeout:
+            raise ConnectionError(f"{next(iter(silent.values()))}, for rollout.server_timeout={servers.timeout} s; "
+                                  "start it again, and then this run")
+        await asyncio.sleep(1)
+
+
+# ---- weights --------------------------------------------------------------------------------------------
+
+def save(folder: Path, accelerator: Accelerator, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write the weights where servers are to read them. Tied ones under each of their names, as vLLM wants them."""
+    whole = {}
+    for name, weight in weights:
+        if accelerator.is_main_process:
+            whole[name] = weight.to("cpu", copy=True)
+    with together(accelerator, f"cannot write {folder}"):
+        if accelerator.is_main_process:
+            aside = folder.with_name(f".{folder.name}.partial")
+            aside.mkdir(parents=True, exist_ok=True)
+            save_file(whole, aside / "model.safetensors", metadata={"format": "pt"})
+            rename_whole(aside, folder)
+
+
+async def load(folder: Path, client: httpx2.AsyncClient, url: str) -> None:
+    """Have a server read them. One that fails in that does not live on."""
+    try:
+        await ask(client, url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+    except ConnectionError as error:
+        if error.__cause__:  # it did not answer
+            raise
+        raise ValueError(f"{error}: does it see {folder}, and is it of the same model?") from error
+
+
+async def refuse(client: httpx2.AsyncClient, url: str) -> None:
+    raise ValueError(f"{url} was started anew, and cannot join in again: start this run anew too")
+
+
+def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tuple[int, ...]],
+                dtype: torch.dtype) -> Callable[[Iterable], None]:
+    """What sends weights to all servers at once, from this process's GPU; vLLM's own machinery, on both sides."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.utils.network_utils import get_ip, get_open_port
+
+    class Weights(WeightSource):
+        """The policy's, as vLLM asks for them: what is to come, and then one after the other."""
+        values: Iterable[tuple[str, Tensor]] = ()
+
+        def metadata(self):
+            return [ParamMeta(name, dtype, shape) for name, shape in shapes.items()]
+
+        def __iter__(self):
+            return iter(self.values)
+
+    def to_all(path: str, body: dict) -> None:
+        ask_all(servers, path, [body] * len(servers.urls))
+
+    sizes = [answer["world_size"] for answer in ask_all(servers, "/get_world_size", [None] * len(servers.urls))]
+    first_ranks = list(accumulate(sizes, initial=1))  # the trainer is rank 0
+    client = SimpleNamespace(
+        init_weight_transfer_engine=lambda info: ask_all(servers, "/init_weight_transfer_engine", [
+            {"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]),
+        start_weight_update=lambda: to_all("/start_weight_update", {}),
+        update_weights=lambda info: to_all("/update_weights", {"update_info": info}),
+        finish_weight_update=lambda: to_all("/finish_weight_update", {"weight_version": servers.version}))
+    source = Weights()
+    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=accelerator.process_index)
+    engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
+
+    def send(weights: Iterable[tuple[str, Tensor]]) -> None:
+        source.values = weights
+        engine.send_weights()
+        if accelerator.is_main_process:
+            to_all("/reset_prefix_cache", {})
+    return send
+
+
+# ---- responses ------------------------------------------------------------------------------------------
+
+def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_seqs: int, prompts, seeds, n: int,
+                    max_tokens: int, temperature: float, top_p: float, progress: str = "") -> list[list[Response]]:
+    """`n` responses to each prompt, `max_num_seqs` of them asked for at a time. Raises ConnectionError, ValueError."""
+    copies = n if temperature == 0 else 1  # greedy ones are all the same, and vLLM wants to write but one
+    bodies = [{"prompt": [int(token) for token in ids], "n": n // copies, "seed": request_seed(seed),
+               "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": -1, "min_p": 0.0,
+               "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": stop_ids}
+              for ids, seed in zip(prompts, seeds, strict=True)]
+    with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
+        answers = asyncio.run(with_client(complete, servers, bodies, max(1, max_num_seqs // n), bar))
+    groups = [[read_choice(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+              for answer in answers]
+    responses = iter(as_responses(tokenizer, [row for group in groups for row in group]))
+    return [[next(responses) for _ in group] * copies for group in groups]
+
+
+async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict], at_a_time: int,
+                   bar: tqdm) -> list[dict]:
+    """The answer to each body, from whichever server had least to do; and from another where that one fails."""
+    live, busy, failures = await answering(client, servers), Counter(), Counter()
+    gate, looking = asyncio.Semaphore(at_a_time), asyncio.Lock()
+
+    async def one(body: dict) -> dict:
+        failed_at = None
+        while True:
+            url = min(live, key=lambda url: (failures[url], busy[url]))
+            busy[url] += 1
+            try:
+                return await ask(client, url, "/v1/completions", body)
+            except ConnectionError:
+                failures[url] += 1
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > servers.timeout:
+                    raise
+                await asyncio.sleep(1)
+                async with looking:
+                    live[:] = await answering(client, servers)
+            finally:
+                busy[url] -= 1
+
+    async def in_turn(body: dict) -> dict:
+        async with gate:
+            answer = await one(body)
+        bar.update()
+        return answer
+    return await asyncio.gather(*map(in_turn, bodies))
+
+
+def read_choice(choice: dict) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Token ids, their log-probs, and whether it ended by itself, of a response as vLLM's server has it."""
+    return (np.array(choice["token_ids"], dtype=np.int32),
+            np.array(choice["logprobs"]["token_logprobs"], dtype=np.float32), choice["finish_reason"] == "stop")
