@@ -82,6 +82,7 @@ def main() -> None:
     run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
     sync_weights(run)
     print(format_table({config.model.path: validate(run, prompts)}))
+    run.engine.close()
 
 
 if __name__ == "__main__":

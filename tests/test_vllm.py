@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,7 @@ def test_evaluate_writes_with_the_model_that_it_is_given(vllm_run, monkeypatch, 
     run, _ = vllm_run
     move(run, 0)
     sync_weights(run)  # so the engine has other weights
+    monkeypatch.setattr(sys.modules["run"], "make_engine", lambda *_: replace(engines["one"], close=lambda: None))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "config.yaml", *VLLM, "val.max_prompts=40", "val.n=4"])
     evaluate.main()
     accuracy = float(capsys.readouterr().out.splitlines()[-1].split()[1])
