@@ -54,19 +54,23 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     servers = Servers(urls[first:] + urls[:first], rollout.server_timeout, refuse if nccl else partial(load, folder),
                       tqdm.write if accelerator.is_main_process else lambda message: None)
     run, syncs = broadcast_object_list([str(time.time_ns())])[0], 0
-    with together(accelerator, "rollout.server_urls"):
-        if accelerator.is_main_process:
-            asyncio.run(with_client(answering, servers, len(servers.urls)))
-        send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
+
+    def see_that(at_least: int) -> None:
+        with together(accelerator, "rollout.server_urls"):
+            if accelerator.is_main_process:
+                asyncio.run(with_client(answering, servers, at_least))
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         nonlocal syncs
+        if nccl:  # one that is missing would have the others wait for ever
+            see_that(at_least=len(urls))
         syncs += 1
         servers.version = f"{run}-{syncs}"
         send((name, weight.to(dtype)) for name, weight in weights)
-        with together(accelerator, "rollout.server_urls"):
-            if accelerator.is_main_process:
-                asyncio.run(with_client(answering, servers))
+        see_that(at_least=1)
+    see_that(at_least=len(urls))
+    with together(accelerator, "rollout.weight_transfer"):
+        send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
     return Engine(partial(write_responses, servers, tokenizer, stop_ids, rollout.max_num_seqs), sync,
                   rest=lambda: None, close=lambda: shutil.rmtree(folder, ignore_errors=True), apart=True)
 
@@ -74,7 +78,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
 # ---- requests -------------------------------------------------------------------------------------------
 
 async def with_client(function: Callable, *arguments):
-    """`function(client, *arguments)`. No limit of time but for connecting: responses take as long as they take."""
+    """`function(client, *arguments)`."""
     async with httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10), trust_env=False,
                                   limits=httpx2.Limits(max_connections=None)) as client:
         return await function(client, *arguments)
@@ -83,8 +87,8 @@ async def with_client(function: Callable, *arguments):
 async def ask(client: httpx2.AsyncClient, url: str, path: str, body: dict | None = None) -> dict:
     """A server's answer to a GET, or to a POST where there is a body. Raises ConnectionError where it cannot answer,
     ValueError where it does not want to."""
-    try:
-        answer = await client.request("GET" if body is None else "POST", url + path, json=body)
+    try:  # a POST takes as long as it takes; but what only asks is answered at once
+        answer = await (client.get(url + path, timeout=30) if body is None else client.post(url + path, json=body))
     except httpx2.TransportError as error:
         raise ConnectionError(f"{url} does not answer ({str(error) or type(error).__name__})") from error
     if answer.is_success:

@@ -36,7 +36,7 @@ def serve(port: int, plugins: Path) -> subprocess.Popen:
                    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     return subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", command[0], "--port", str(port),
-                             *shlex.split(command[1])], cwd=ROOT, env=environment, start_new_session=True,
+                             *shlex.split(command[1]), "--no-enable-chunked-prefill"], cwd=ROOT, env=environment, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

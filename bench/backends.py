@@ -1,0 +1,96 @@
+"""The embedded task with each way to write responses: start-up, and the phases of a step. Needs vLLM.
+
+    python bench/backends.py [--steps 8]
+
+Prints a Markdown table. Each runs in a process of its own, one after the other.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PORT = 8141
+WAYS = {"transformers": ["rollout.backend=transformers"], "vllm": ["rollout.backend=vllm"],
+        "vllm server": ["rollout.mode=server", f"rollout.server_urls=http://127.0.0.1:{PORT}"]}
+
+
+def measure(overrides: list[str], steps: int) -> dict[str, float]:
+    """Seconds until the engine was there, and medians of a step's metrics."""
+    sys.path.insert(0, str(ROOT))
+    import run as run_module
+    import train_dapo
+    from config import load_config
+    times, make_engine = [], run_module.make_engine
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        engine = make_engine(*arguments)
+        times.append(time.perf_counter() - start)
+        return engine
+    run_module.make_engine = timed
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config("config.yaml", [*overrides, "val.file=", f"total_training_steps={steps}",
+                                             f"run_dir={folder}/run"])
+        run, (prompts,) = run_module.set_up(config, (config.data.train_file, 0))
+        run_module.sync_weights(run)
+        rows = [metrics for metrics, _, _ in train_dapo.train(run, prompts, Counter())]
+        run.engine.close()
+    names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/rollout_diff"]
+    return {"start": times[0], **{name: statistics.median(row[name] for row in rows) for name in names}}
+
+
+def serve() -> tuple[subprocess.Popen, float]:
+    """A server, and the seconds that it took to be there."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base", "--port", str(PORT),
+         "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"],
+        env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+             "VLLM_LOGGING_LEVEL": "ERROR"},  # threads that wait for work take the trainer's cores
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = time.perf_counter()
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2)
+            return server, time.perf_counter() - start
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit("the server did not start")
+
+
+def main() -> None:
+    """Measure each way, and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    parser.add_argument("--one", choices=WAYS, help="measure this one, and print JSON")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.one:
+        print(json.dumps(measure(WAYS[args.one], args.steps)))
+        return
+    print("| responses by | start | step | writing | sync | tokens/s | sampler against trainer (mean log-prob "
+          "difference) |\n|---|---|---|---|---|---|---|")
+    for name in args.ways:
+        server, start = serve() if name == "vllm server" else (None, None)
+        result = subprocess.run([sys.executable, __file__, "--one", name, "--steps", str(args.steps)],
+                                capture_output=True, text=True, check=True)
+        if server:
+            os.killpg(server.pid, signal.SIGTERM)
+        row = json.loads(result.stdout.splitlines()[-1])
+        print(f"| {name} | {start or row['start']:.1f} | {row['time/step']:.2f} | {row['time/generate']:.2f} | "
+              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | {row['actor/rollout_diff']:.0e} |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    main()
