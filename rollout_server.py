@@ -198,6 +198,8 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
         start_weight_update=lambda: to_all("/start_weight_update", {}),
         update_weights=lambda info: to_all("/update_weights", {"update_info": info}),
         finish_weight_update=lambda: to_all("/finish_weight_update", {"weight_version": servers.version}))
+    if accelerator.is_main_process:
+        to_all("/shutdown_weight_transfer_engine", {})  # an earlier run's
     source = Weights()
     group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=accelerator.process_index)
     engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
