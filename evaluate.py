@@ -73,16 +73,20 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 
 def main() -> None:
     """Generate, judge and print the table."""
-    from config import read_command_line
+    from config import one_line_errors, read_command_line
     from run import set_up, sync_weights
     from train_dapo import validate  # which imports this module
     config = read_command_line("Judge a model on the validation data of a config.")
     if not config.val.file:
         raise SystemExit("error: val.file names no data to evaluate on")
+    config.run_dir += "/evaluate"  # where servers find the weights: not those of a run that goes on
     run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
-    sync_weights(run)
-    print(format_table({config.model.path: validate(run, prompts)}))
-    run.engine.close()
+    try:
+        with one_line_errors():
+            sync_weights(run)
+        print(format_table({config.model.path: validate(run, prompts)}))
+    finally:
+        run.engine.close()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ before it writes: it gets the weights again (`disk`), or ends the run (`nccl`).
 
 import asyncio
 import shutil
+import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,21 +67,36 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
             see_that(at_least=len(urls))
         syncs += 1
         servers.version = f"{run}-{syncs}"
-        send((name, weight.to(dtype)) for name, weight in weights)
+        weights = ((name, weight.to(dtype)) for name, weight in weights)
+        with together(accelerator, f"cannot hand on the weights by {'nccl' if nccl else folder}"):
+            try:
+                send(weights)
+            finally:
+                deque(weights, maxlen=0)  # the other processes gather all of them, whatever happens here
         see_that(at_least=1)
     see_that(at_least=len(urls))
     with together(accelerator, "rollout.weight_transfer"):
         send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
+
+    def close() -> None:
+        for path in (folder, aside(folder)):
+            shutil.rmtree(path, ignore_errors=True)
     return Engine(partial(write_responses, servers, tokenizer, stop_ids, rollout.max_num_seqs), sync,
-                  rest=lambda: None, close=lambda: shutil.rmtree(folder, ignore_errors=True), apart=True)
+                  rest=lambda: None, close=close, apart=True)
 
 
 # ---- requests -------------------------------------------------------------------------------------------
 
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [  # a machine that is gone does not say so
+    (socket.IPPROTO_TCP, getattr(socket, name), seconds) for name, seconds in
+    (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name)]
+
+
 async def with_client(function: Callable, *arguments):
     """`function(client, *arguments)`."""
-    async with httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10), trust_env=False,
-                                  limits=httpx2.Limits(max_connections=None)) as client:
+    transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None), trust_env=False,
+                                          socket_options=KEEPALIVE)
+    async with httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10), transport=transport) as client:
         return await function(client, *arguments)
 
 
@@ -147,12 +163,15 @@ def save(folder: Path, accelerator: Accelerator, weights: Iterable[tuple[str, Te
     for name, weight in weights:
         if accelerator.is_main_process:
             whole[name] = weight.to("cpu", copy=True)
-    with together(accelerator, f"cannot write {folder}"):
-        if accelerator.is_main_process:
-            aside = folder.with_name(f".{folder.name}.partial")
-            aside.mkdir(parents=True, exist_ok=True)
-            save_file(whole, aside / "model.safetensors", metadata={"format": "pt"})
-            rename_whole(aside, folder)
+    if accelerator.is_main_process:
+        aside(folder).mkdir(parents=True, exist_ok=True)
+        save_file(whole, aside(folder) / "model.safetensors", metadata={"format": "pt"})
+        rename_whole(aside(folder), folder)
+
+
+def aside(folder: Path) -> Path:
+    """Where it is written until it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 async def load(folder: Path, client: httpx2.AsyncClient, url: str) -> None:
@@ -187,14 +206,21 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
         def __iter__(self):
             return iter(self.values)
 
-    def to_all(path: str, body: dict) -> None:
-        ask_all(servers, path, [body] * len(servers.urls))
+    def to_all(path: str, body: dict) -> list[dict]:
+        return ask_all(servers, path, [body] * len(servers.urls))
+
+    def invite(info: dict) -> None:
+        try:
+            ask_all(servers, "/init_weight_transfer_engine", [
+                {"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]])
+        except (OSError, ValueError) as error:  # which is heard of only when the trainer has waited for minutes
+            servers.warn(f"warning: {error} (a server wants --weight-transfer-config '{{\"backend\": \"nccl\"}}')")
+            raise
 
     sizes = [answer["world_size"] for answer in ask_all(servers, "/get_world_size", [None] * len(servers.urls))]
     first_ranks = list(accumulate(sizes, initial=1))  # the trainer is rank 0
     client = SimpleNamespace(
-        init_weight_transfer_engine=lambda info: ask_all(servers, "/init_weight_transfer_engine", [
-            {"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]),
+        init_weight_transfer_engine=invite,
         start_weight_update=lambda: to_all("/start_weight_update", {}),
         update_weights=lambda info: to_all("/update_weights", {"update_info": info}),
         finish_weight_update=lambda: to_all("/finish_weight_update", {"weight_version": servers.version}))
@@ -206,21 +232,24 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
 
     def send(weights: Iterable[tuple[str, Tensor]]) -> None:
         source.values = weights
+        torch.accelerator.synchronize()  # vLLM reads them on streams of its own
         engine.send_weights()
-        if accelerator.is_main_process:
-            to_all("/reset_prefix_cache", {})
+        if accelerator.is_main_process and not all(answer["success"] for answer in to_all("/reset_prefix_cache", {})):
+            raise ConnectionError("a server did not empty its prefix cache")
     return send
 
 
 # ---- responses ------------------------------------------------------------------------------------------
 
+NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
 def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_seqs: int, prompts, seeds, n: int,
                     max_tokens: int, temperature: float, top_p: float, progress: str = "") -> list[list[Response]]:
     """`n` responses to each prompt, `max_num_seqs` of them asked for at a time. Raises ConnectionError, ValueError."""
     copies = n if temperature == 0 else 1  # greedy ones are all the same, and vLLM wants to write but one
-    bodies = [{"prompt": [int(token) for token in ids], "n": n // copies, "seed": request_seed(seed),
-               "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": -1, "min_p": 0.0,
-               "repetition_penalty": 1.0, "logprobs": 0, "return_token_ids": True, "stop_token_ids": stop_ids}
+    settings = {"n": n // copies, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "logprobs": 0,
+                "return_token_ids": True, "stop_token_ids": stop_ids, **NO_DEFAULTS}
+    bodies = [{"prompt": [int(token) for token in ids], "seed": request_seed(seed), **settings}
               for ids, seed in zip(prompts, seeds, strict=True)]
     with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
         answers = asyncio.run(with_client(complete, servers, bodies, max(1, max_num_seqs // n), bar))
@@ -233,24 +262,31 @@ def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_se
 async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict], at_a_time: int,
                    bar: tqdm) -> list[dict]:
     """The answer to each body, from whichever server had least to do; and from another where that one fails."""
-    live, busy, failures = await answering(client, servers), Counter(), Counter()
+    live, busy, used, named = await answering(client, servers), Counter(), set(), set()
     gate, looking = asyncio.Semaphore(at_a_time), asyncio.Lock()
 
     async def one(body: dict) -> dict:
-        failed_at = None
+        failures, lost = Counter(), 0.0
         while True:
             url = min(live, key=lambda url: (failures[url], busy[url]))
             busy[url] += 1
             try:
-                return await ask(client, url, "/v1/completions", body)
-            except ConnectionError:
-                failures[url] += 1
-                failed_at = failed_at or time.monotonic()
-                if time.monotonic() - failed_at > servers.timeout:
+                answer = await ask(client, url, "/v1/completions", body)
+                check_ends(url, answer, body)
+                used.add(url)
+                return answer
+            except ConnectionError as error:
+                if lost > servers.timeout:
                     raise
+                if not error.__cause__ and url not in named:  # it answers, but not this
+                    named.add(url)
+                    servers.warn(f"warning: {error}")
+                failures[url] += 1
+                start = time.monotonic()
                 await asyncio.sleep(1)
                 async with looking:
                     live[:] = await answering(client, servers)
+                lost += time.monotonic() - start
             finally:
                 busy[url] -= 1
 
@@ -259,7 +295,21 @@ async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[di
             answer = await one(body)
         bar.update()
         return answer
-    return await asyncio.gather(*map(in_turn, bodies))
+    answers = await asyncio.gather(*map(in_turn, bodies))
+    for url in used & set(live):
+        if (version := (await ask(client, url, "/weight_info"))["weight_version"]) != servers.version:
+            raise ValueError(f"{url} was given other weights ({version}) in between: a server serves one run at a time")
+    return answers
+
+
+def check_ends(url: str, answer: dict, body: dict) -> None:
+    """Raise ConnectionError where a response was broken off, ValueError where it was cut before `max_tokens`."""
+    for choice in answer.get("choices", []):
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ConnectionError(f"{url} broke a response off ({choice['finish_reason']})")
+        if choice["finish_reason"] == "length" and len(choice["token_ids"]) < body["max_tokens"]:
+            raise ValueError(f"{url} cut a response after {len(choice['token_ids'])} tokens, not {body['max_tokens']}: "
+                             "its --max-model-len, or a default of its own, is too small")
 
 
 def read_choice(choice: dict) -> tuple[np.ndarray, np.ndarray, bool]:

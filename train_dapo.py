@@ -287,8 +287,9 @@ def check_sync(run: Run, prompts: list[Prompt]) -> None:
     """Before anything is trained: does the engine have the policy's weights? Raises SystemExit."""
     config, some = run.config, [prompt.token_ids for prompt in prompts[:4]]
     if run.engine.apart:
-        groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(16, config.data.max_response_length),
-                                  config.rollout.temperature, 1.0, "")
+        with together(run.accelerator, "rollout"):
+            groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(
+                16, config.data.max_response_length), config.rollout.temperature, 1.0, "")
         everyones = [unpack(packed, 2) for packed in gather_object([pack(groups)])]
         samples = [Sample(ids, response.token_ids, 0.0, rollout_logprobs=torch.from_numpy(response.logprobs))
                    for groups in everyones for ids, group in zip(some, groups, strict=True) for response in group]
@@ -617,7 +618,9 @@ def main() -> None:
         with finish_on_signal(run.accelerator), one_line_errors():
             finished = run_training(run, prompts, val_prompts, identity, done, evaluations)
     except SystemExit as error:
-        raise SystemExit(f"{error}{keep_policy(run)}") from None
+        message = f"{error}{keep_policy(run)}"
+        run.engine.close()
+        raise SystemExit(message) from None
     except KeyboardInterrupt:
         saved = [f"goes on from {path}" for path in newest_first(config.run_dir)] or ["begins anew"]
         raise SystemExit(f"interrupted; the same command {saved[0]}") from None

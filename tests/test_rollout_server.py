@@ -54,6 +54,12 @@ def broken(path, body):
     return (500, {"error": "out of luck"}) if path == "/v1/completions" else well(path, body)
 
 
+def ended(reason, tokens, path, body):
+    if path == "/v1/completions":
+        return 200, {"choices": [{"finish_reason": reason, "token_ids": [1] * tokens}], "echo": body}
+    return well(path, body)
+
+
 def servers(*urls, timeout=0, warnings=None, mend=None):
     return Servers(list(urls), timeout, mend, (warnings if warnings is not None else []).append, version="1")
 
@@ -66,7 +72,7 @@ def nobody():
 
 def ask_for(count, where, at_a_time=4):
     with tqdm(total=count, disable=True) as bar:
-        return asyncio.run(with_client(complete, where, [{"number": i} for i in range(count)], at_a_time, bar))
+        return asyncio.run(with_client(complete, where, [{"number": i, "max_tokens": 5} for i in range(count)], at_a_time, bar))
 
 
 def test_when_none_answers_the_error_says_who_for_how_long_and_what_to_do():
@@ -90,6 +96,31 @@ def test_what_one_fails_at_goes_to_another(stand_in):
     good = stand_in(well)
     answers = ask_for(3, servers(stand_in(broken), good, timeout=5), at_a_time=1)
     assert [answer["echo"]["number"] for answer in answers] == [0, 1, 2]
+
+
+def test_a_response_that_a_server_broke_off_is_asked_for_again(stand_in):
+    """As vLLM answers when it is told to end, or another aborts its requests."""
+    warnings = []
+    answers = ask_for(2, servers(stand_in(partial(ended, "abort", 2)), stand_in(partial(ended, "stop", 2)), timeout=5, warnings=warnings), at_a_time=1)
+    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop"]
+    assert len(warnings) == 1 and "broke a response off" in warnings[0]
+
+
+def test_a_response_cut_before_the_limit_is_an_error(stand_in):
+    ask_for(1, servers(stand_in(partial(ended, "length", 5))))
+    with pytest.raises(ValueError, match="cut a response after 4 tokens, not 5: its --max-model-len"):
+        ask_for(1, servers(stand_in(partial(ended, "length", 4))))
+
+
+def test_a_server_that_another_run_gives_weights_to_is_an_error(stand_in):
+    version = ["1"]
+
+    def shared(path, body):
+        if path == "/v1/completions":
+            version[0] = "another's"
+        return 200, {"weight_version": version[0], "success": True}
+    with pytest.raises(ValueError, match="was given other weights .* one run at a time"):
+        ask_for(1, servers(stand_in(shared)))
 
 
 def test_what_all_fail_at_ends_with_what_they_said(stand_in):
