@@ -15,8 +15,9 @@ Shapes: B responses, T response tokens (padded on the right), V vocabulary, G gr
 Masks are 1 on the tokens that train and 0 elsewhere; whatever stands where the mask is 0 has no effect.
 """
 
+from weakref import WeakSet
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,18 +26,106 @@ CHUNK_ELEMENTS = 2**24  # logits that are in float32 at a time: 64 MB
 
 
 def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the response tokens, both (B, T), in float32 or wider.
+    """Log-probs and entropies of the response tokens, both (B, T), in float32 or wider; 0 on padding.
 
-    `batch` holds input_ids, attention_mask and position_ids, each (B, P + T), prompts padded on the
-    left and responses on the right, and `responses` (B, T). This is the one place that shifts: the
-    logits at position P + t - 1 predict response token t.
+    `batch` is what `sampling.collate` makes. This is the one place that shifts: `batch["before"]` (N,) are the
+    positions, among all of input_ids (R, L), whose logits predict the N tokens. No other position reaches the
+    output head, and the head's logits are never whole; but where a model changes them (soft-capping, scaling),
+    its own code makes them, for those N.
     """
-    tokens = F.pad(batch["responses"], (0, 1))  # (B, T + 1): the logits' last column predicts nothing, and goes
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                   position_ids=batch["position_ids"], use_cache=False,
-                   logits_to_keep=tokens.shape[1])  # no prompt position but the last reaches the output head
-    logprobs, entropy = token_logprobs(output.logits, tokens, temperature)
-    return logprobs[:, :-1], entropy[:, :-1]
+    head, tokens = getattr(model, "module", model).get_output_embeddings(), batch["tokens"]
+    fused = type(head) is torch.nn.Linear and head.bias is None and head not in _CHANGED_AFTERWARDS
+    made = None
+
+    def project(hidden: Tensor):  # what the head does, within the model's forward pass: where FSDP has it whole
+        nonlocal made
+        hidden = hidden.flatten(0, 1).index_select(0, batch["before"])  # (N, H)
+        made = (head_logprobs(hidden, head.weight, tokens, temperature) if fused
+                else type(head).forward(head, hidden[None]))
+        return made
+
+    head.forward = project
+    try:
+        output = model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
+    finally:
+        del head.forward
+    if fused and output.logits is not made:
+        _CHANGED_AFTERWARDS.add(head)
+        return response_logprobs(model, batch, temperature)
+    values = made if fused else [x.squeeze(0) for x in token_logprobs(output.logits, tokens[None], temperature)]
+    zeros = values[0].new_zeros(batch["mask"].numel())
+    logprobs, entropy = (zeros.index_copy(0, batch["places"], value).view(batch["mask"].shape) for value in values)
+    return logprobs, entropy
+
+
+_CHANGED_AFTERWARDS = WeakSet()  # output heads whose models do something to the logits
+
+
+def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs(hidden @ weight.T, tokens)` without the logits: (N, H), (V, H), (N,) -> (N,), (N,)."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadLogprobs.apply(hidden, weight, tokens, temperature)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """The logits z exist a chunk of tokens at a time, and once more in the backward pass: with p = softmax(z),
+
+        log-prob of token y: z_y - logsumexp(z)     its gradient by z: onehot(y) - p
+        entropy H: -sum p log p                     its gradient by z: -p (log p + H)
+    """
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        parts = []
+        for x, y in _chunks(weight, hidden, tokens):
+            logprobs = _product(x, weight.T).div_(temperature)  # (chunk, V)
+            normaliser = logprobs.logsumexp(-1)
+            logprobs -= normaliser[:, None]
+            parts.append((normaliser, logprobs.gather(1, y[:, None]).squeeze(1),
+                          -torch.linalg.vecdot(logprobs.exp(), logprobs)))
+        normaliser, logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, normaliser, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # None where the entropy does not train
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, by_logprob: Tensor | None, by_entropy: Tensor | None):
+        hidden, weight, tokens, normaliser, entropy = ctx.saved_tensors
+        by_logprob = torch.zeros_like(entropy) if by_logprob is None else by_logprob
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+        start = 0
+        for x, y, g, norm, h in _chunks(weight, hidden, tokens, by_logprob, normaliser, entropy):
+            z = _product(x, weight.T).div_(ctx.temperature).sub_(norm[:, None])  # log p, (chunk, V)
+            if by_entropy is None:
+                z.exp_().mul_(-g[:, None])
+            else:
+                p, by_h = z.exp(), by_entropy[start:start + len(x), None]
+                z.add_(h[:, None]).mul_(-by_h).sub_(g[:, None]).mul_(p)
+            z.scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)
+            z = z.to(weight.dtype)
+            by_hidden[start:start + len(x)] = z @ weight
+            if by_weight is not None and by_weight.dtype == z.dtype:
+                by_weight.addmm_(z.T, x)
+            elif by_weight is not None:
+                by_weight += _product(z.T, x)
+            start += len(x)
+        return by_hidden, by_weight if by_weight is None else by_weight.to(weight.dtype), None, None
+
+
+def _chunks(weight: Tensor, *tensors: Tensor):
+    size = max(1, CHUNK_ELEMENTS // len(weight))
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or wider, of bfloat16 too."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b if a.dtype in (torch.float32, torch.float64) else (a @ b).float()
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

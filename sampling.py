@@ -182,8 +182,10 @@ def mini_batches(num_samples: int, size: int, rng: np.random.Generator) -> list[
     return np.array_split(rng.permutation(num_samples), -(-num_samples // size))
 
 
-def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens, padding included.
+def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
+                  packed: bool = False) -> list[list[int]]:
+    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens, padding included, of
+    which there is none where they are `packed`.
 
     Sorted by length, so that little is padding, and dealt out longest first to whichever rank has the fewest
     tokens yet. A rank with fewer batches than another gets empty ones: collectives need every rank in every pass.
@@ -193,41 +195,51 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
         least = tokens.index(min(tokens))
         shares[least].append(i)
         tokens[least] += len(samples[i])
-    batches = [_fill(share, samples, max_tokens) for share in shares]
+    batches = [_fill(share, samples, max_tokens, packed) for share in shares]
     return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
 
 
-def _fill(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
-    batches, prompt, response = [], 0, 0
-    for i in indices:
-        prompt, response = max(prompt, len(samples[i].prompt_ids)), max(response, len(samples[i].response_ids))
-        if not batches or (len(batches[-1]) + 1) * (prompt + response) > max_tokens:
+def _fill(indices: list[int], samples: list[Sample], max_tokens: int, packed: bool) -> list[list[int]]:
+    batches, room, row = [], 0, 1
+    for i in indices:  # longest first
+        if room < (len(samples[i]) if packed else row):
             batches.append([])
-            prompt, response = len(samples[i].prompt_ids), len(samples[i].response_ids)
+            room, row = max_tokens, len(samples[i])
         batches[-1].append(i)
+        room -= len(samples[i]) if packed else row
     return batches
 
 
-def collate(samples: list[Sample], pad_id: int, device="cpu") -> dict[str, Tensor]:
-    """Tensors for `losses.response_logprobs` and the loss: prompts padded on the left, responses on the right.
+def collate(samples: list[Sample], pad_id: int, device="cpu", packed: bool = False) -> dict[str, Tensor]:
+    """Tensors for `losses.response_logprobs` and the loss.
+
+    Each sample is a row of `input_ids`, padded on the right, which causal attention needs no mask for; or, `packed`,
+    all are one row, told apart by `position_ids`. Of the N response tokens, one after the other: `tokens`; `before`,
+    the position before each, counted through all rows; `places`, where they are among (B, T).
 
     Masks come from lengths, never from token values: the EOS that ended a response is trained, even
-    where padding has the same id. The attention mask covers whole responses, `mask` what trains.
+    where padding has the same id. `mask` is what trains.
     """
-    prompts = [torch.tensor(s.prompt_ids) for s in samples]
     responses = [torch.from_numpy(s.response_ids).long() for s in samples]
-    left = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")  # (B, P)
-    right = pad_sequence(responses, batch_first=True, padding_value=pad_id)  # (B, T)
-    lengths = torch.tensor([[len(p), len(r)] for p, r in zip(prompts, responses, strict=True)])
-    prompt_mask = torch.arange(left.shape[1]) >= left.shape[1] - lengths[:, :1]
-    response_mask = torch.arange(right.shape[1]) < lengths[:, 1:]
-    attention_mask = torch.cat([prompt_mask, response_mask], dim=1).long()
-    batch = {"input_ids": torch.cat([left, right], dim=1), "attention_mask": attention_mask,
-             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0), "responses": right,
-             "mask": response_mask & torch.tensor([[s.trains] for s in samples]),
+    rows = [torch.cat([torch.tensor(s.prompt_ids), r]) for s, r in zip(samples, responses, strict=True)]
+    lengths = torch.tensor([len(r) for r in responses])
+    if packed:
+        ids = torch.cat(rows)[None]
+        starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
+    else:
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
+        starts = torch.arange(len(rows)) * ids.shape[1]
+    column = torch.arange(int(lengths.max()))  # (T,)
+    written = column < lengths[:, None]  # (B, T)
+    first = starts + torch.tensor([len(s.prompt_ids) for s in samples]) - 1
+    batch = {"input_ids": ids, "tokens": torch.cat(responses), "before": (first[:, None] + column)[written],
+             "places": written.flatten().nonzero().squeeze(1),
+             "mask": written & torch.tensor([[s.trains] for s in samples]),
              "advantages": torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)}
+    if packed:
+        batch["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
-        rows = [getattr(s, name) for s in samples]
-        if all(row is not None for row in rows):
-            batch[name] = pad_sequence(rows, batch_first=True)
+        values = [getattr(s, name) for s in samples]
+        if all(value is not None for value in values):
+            batch[name] = pad_sequence(values, batch_first=True)
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -226,7 +226,7 @@ def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[
     num_seqs = sum(sample.trains for sample in mini)
     sums, largest = defaultdict(float), torch.zeros((), device=accelerator.device)
     micros = micro_batches(mini, config.actor.max_tokens_per_micro_batch, accelerator.process_index,
-                           accelerator.num_processes)
+                           accelerator.num_processes, packs(config))
     for indices in micros:
         batch = make_batch(run, mini, indices)
         # Gradients are summed over the processes with the last one only; but where they are sharded, each time:
@@ -352,7 +352,7 @@ def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list
     """Each response's log-probs (T,) under `model`, on the CPU; the processes share the work."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     mine = {}
-    for indices in micro_batches(samples, run.config.actor.max_tokens_per_micro_batch, rank, world):
+    for indices in micro_batches(samples, run.config.actor.max_tokens_per_micro_batch, rank, world, packs(run.config)):
         with run.accelerator.autocast():
             logprobs, _ = response_logprobs(model, make_batch(run, samples, indices), run.config.rollout.temperature)
         mine |= {i: row[:len(samples[i].response_ids)].clone() for i, row in zip(indices, logprobs.cpu(), strict=False)}
@@ -363,7 +363,12 @@ def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list
 def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
     """A micro-batch on the device. An empty one is a response that does not train: every rank must take part."""
     rows = [samples[i] for i in indices] or [replace(min(samples, key=len), trains=False)]
-    return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device)
+    return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device, packs(run.config))
+
+
+def packs(config: SimpleNamespace) -> bool:
+    """Whether micro-batches are one row without padding: where attention takes sequences of any lengths."""
+    return "flash" in config.model.attn_implementation
 
 
 # ---- the directory of a run --------------------------------------------------------------------------------

@@ -176,8 +176,7 @@ def test_micro_batches_share_out_every_response_once_within_the_budget(world):
     assert sorted(i for part in parts for batch in part for i in batch) == list(range(50))
     assert len({len(part) for part in parts}) == 1  # every rank takes part in every collective
     for batch in (batch for part in parts for batch in part if len(batch) > 1):
-        widest = max(len(samples[i].prompt_ids) for i in batch) + max(len(samples[i].response_ids) for i in batch)
-        assert len(batch) * widest <= 300
+        assert len(batch) * max(len(samples[i]) for i in batch) <= 300
 
 
 def test_a_rank_without_responses_gets_empty_batches():
@@ -191,12 +190,27 @@ def test_a_response_beyond_the_budget_has_a_batch_of_its_own():
 def test_collate_by_hand():
     rows = [sample(2, 1), sample(1, 3, trains=False)]
     batch = collate(rows, pad_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 1, 9, 9], [9, 1, 1, 2, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 2], [0, 0, 1, 2, 3]]
-    assert batch["responses"].tolist() == [[1, 9, 9], [1, 2, 3]]
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 9], [1, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [1, 1, 2, 3]
+    assert batch["before"].tolist() == [1, 4, 5, 6]
+    assert batch["places"].tolist() == [0, 3, 4, 5]
     assert batch["mask"].tolist() == [[True, False, False], [False, False, False]]
-    assert batch["advantages"].shape == (2, 1) and "old_logprobs" not in batch
+    assert batch["advantages"].shape == (2, 1) and "old_logprobs" not in batch and "position_ids" not in batch
+
+
+def test_collate_packed_by_hand():
+    batch = collate([sample(2, 1), sample(1, 3)], pad_id=9, packed=True)
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 1, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [1, 1, 2, 3]
+    assert batch["before"].tolist() == [1, 3, 4, 5]
+    assert batch["places"].tolist() == [0, 3, 4, 5]
+
+
+def test_packed_micro_batches_hold_as_many_tokens_as_they_may():
+    samples = [sample(1, length) for length in (60, 30, 20, 9)]
+    assert micro_batches(samples, 122) == [[0, 1], [2, 3]]
+    assert micro_batches(samples, 122, packed=True) == [[0, 1, 2], [3]]
 
 
 def test_the_eos_that_ended_a_response_trains_even_where_padding_is_the_same_token():
