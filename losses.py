@@ -37,22 +37,23 @@ def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0)
     fused = type(head) is torch.nn.Linear and head.bias is None and head not in _CHANGED_AFTERWARDS
     made = None
 
-    def project(hidden: Tensor):  # what the head does, within the model's forward pass: where FSDP has it whole
+    def project(hidden: Tensor) -> Tensor:  # what the head does, within the model's forward pass: there it is whole
         nonlocal made
         hidden = hidden.flatten(0, 1).index_select(0, batch["before"])  # (N, H)
-        made = (head_logprobs(hidden, head.weight, tokens, temperature) if fused
-                else type(head).forward(head, hidden[None]))
-        return made
+        if not fused:
+            return type(head).forward(head, hidden[None])  # (1, N, V)
+        made = head_logprobs(hidden, head.weight, tokens, temperature)
+        return made[0]
 
     head.forward = project
     try:
         output = model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
     finally:
         del head.forward
-    if fused and output.logits is not made:
+    if fused and output.logits is not made[0]:
         _CHANGED_AFTERWARDS.add(head)
         return response_logprobs(model, batch, temperature)
-    values = made if fused else [x.squeeze(0) for x in token_logprobs(output.logits, tokens[None], temperature)]
+    values = made or [value.squeeze(0) for value in token_logprobs(output.logits, tokens[None], temperature)]
     zeros = values[0].new_zeros(batch["mask"].numel())
     logprobs, entropy = (zeros.index_copy(0, batch["places"], value).view(batch["mask"].shape) for value in values)
     return logprobs, entropy

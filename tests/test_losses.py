@@ -2,11 +2,31 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 import losses
-from losses import aggregate, group_advantages, kl_penalty, policy_loss, rollout_weights, token_logprobs
+from losses import (
+    aggregate,
+    group_advantages,
+    head_logprobs,
+    kl_penalty,
+    policy_loss,
+    response_logprobs,
+    rollout_weights,
+    token_logprobs,
+)
+from sampling import Sample, collate
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -219,6 +239,118 @@ def test_the_entropy_of_a_large_vocabulary_is_never_in_one_piece():
         results = token_logprobs(logits, torch.zeros(1, 2000, dtype=torch.long))
     assert len(saved) and results[0].requires_grad
     assert sum(saved.values()) <= 1.1 * 2 * logits.numel()  # the bfloat16 logits themselves, and no float32 copy of them
+
+
+# ---- log-probs from hidden states, without the logits ----
+
+def head_case(dtype=torch.float64, n=13, h=6, v=11):
+    torch.manual_seed(0)
+    return torch.randn(n, h, dtype=dtype), torch.randn(v, h, dtype=dtype), torch.randint(v, (n,))
+
+
+@pytest.mark.parametrize("chunk", [2**25, 22])  # all at once, and two tokens at a time
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_the_heads_logprobs_and_gradients_are_those_of_its_logits(monkeypatch, chunk, with_entropy):
+    hidden, weight, tokens = head_case()
+    by_logprob, by_entropy = torch.randn(2, 13, dtype=torch.float64)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk if fused else 2**25)
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = head_logprobs(x, w, tokens, 0.7) if fused else (
+            value.squeeze(0) for value in token_logprobs((x @ w.T)[None], tokens[None], 0.7))
+        loss = (logprobs * by_logprob).sum()
+        (loss + (entropy * by_entropy).sum() if with_entropy else loss).backward()
+        results.append((logprobs, entropy, x.grad, w.grad))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
+
+
+def test_the_heads_gradients_are_finite_differences():
+    hidden, weight, tokens = head_case(n=3, h=4, v=5)
+    assert torch.autograd.gradcheck(lambda x, w: head_logprobs(x, w, tokens, 0.7), (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_a_head_in_bfloat16_adds_up_in_float32():
+    """Its gradients are as near to float64's as rounding once to bfloat16 allows, over 400 chunks' sum."""
+    hidden, weight, tokens = (x.bfloat16() if x.is_floating_point() else x for x in head_case(n=400, h=32))
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, w = (value.clone().to(dtype).requires_grad_() for value in (hidden, weight))
+        losses.CHUNK_ELEMENTS, before = 11, losses.CHUNK_ELEMENTS
+        try:
+            logprobs, entropy = head_logprobs(x, w, tokens)
+            (logprobs.sum() + entropy.sum()).backward()
+        finally:
+            losses.CHUNK_ELEMENTS = before
+        assert logprobs.dtype == entropy.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        results.append((logprobs.double(), x.grad.double(), w.grad.double()))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+def test_the_heads_logits_are_never_whole():
+    """1,000 tokens x 50,000 are 200 MB; nothing that is kept, and no tensor that is made on the way, is a fifth of it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest[0] = max(largest[0], tensor.untyped_storage().nbytes())
+            return result
+    hidden, weight, tokens = torch.randn(1000, 8, requires_grad=True), torch.randn(50_000, 8, requires_grad=True), torch.zeros(1000, dtype=torch.long)
+    losses.CHUNK_ELEMENTS, before = 2**23, losses.CHUNK_ELEMENTS
+    try:
+        with Watch():
+            logprobs, entropy = head_logprobs(hidden, weight, tokens)
+            (logprobs.sum() + entropy.sum()).backward()
+    finally:
+        losses.CHUNK_ELEMENTS = before
+    assert 0 < largest[0] < 40e6 and weight.grad.abs().max() > 0
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 1}
+
+
+@pytest.mark.parametrize(("config", "plain"), [
+    (LlamaConfig(**SIZES), False), (Qwen2Config(**SIZES, tie_word_embeddings=True), False),
+    (Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0, sliding_window=8), True), (GraniteConfig(**SIZES, logits_scaling=4.0), True),
+    (PhiConfig(**SIZES), True), (MistralConfig(**SIZES, sliding_window=6), False)], ids=lambda value: getattr(value, "model_type", None))
+def test_whatever_the_model_does_to_its_logits_the_logprobs_are_those_of_each_response_alone(config, plain, monkeypatch):
+    """Tied, untied, soft-capped, scaled, with a bias; padded and packed; sliding windows. And their gradients."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if config.model_type == "gemma2" else "sdpa").double().eval()
+    rng, heads = np.random.default_rng(0), []
+    samples = [Sample(rng.integers(1, 97, prompt).tolist(), rng.integers(1, 97, response).astype(np.int32), 1.0)
+               for prompt, response in rng.integers(1, 20, (7, 2)).tolist()]
+
+    def total(logprobs, entropy):
+        return logprobs.square().sum() + entropy.sum()
+    alone, gradients = [], []
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids.tolist()]])
+        logits = model(ids).logits[:, len(sample.prompt_ids) - 1:-1] / 0.7
+        logprobs = torch.log_softmax(logits, -1)
+        alone.append((logprobs.gather(-1, ids[:, len(sample.prompt_ids):, None]).squeeze(), -(logprobs.exp() * logprobs).sum(-1).squeeze()))
+    sum(total(*pair) for pair in alone).backward()
+    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    whole = token_logprobs
+    monkeypatch.setattr(losses, "token_logprobs", lambda logits, *rest: heads.append(logits.shape) or whole(logits, *rest))
+    for packed in (False, True):
+        model.zero_grad()
+        logprobs, entropy = response_logprobs(model, collate(samples, 0, packed=packed), 0.7)
+        for row, more, pair in zip(logprobs, entropy, alone, strict=True):
+            n = pair[0].numel()
+            assert torch.allclose(row[:n], pair[0], atol=1e-9) and torch.allclose(more[:n], pair[1], atol=1e-9)
+            assert not row[n:].any() and not more[n:].any()
+        total(logprobs, entropy).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert max((gradients[0] - other).abs().max() for other in gradients[1:]) < (1e-5 if config.model_type == "gemma2" else 1e-9)  # its norms are in float32
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    assert heads == ([(1, tokens, 97)] * 2 if plain else [])  # no prompt and no padding reaches the head
 
 
 # ---- rollout correction ----
