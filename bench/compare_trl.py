@@ -1,0 +1,269 @@
+"""The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to a given accuracy.
+
+    python bench/compare_trl.py --trl-python /tmp/trl_venv/bin/python [--repeats 3] [--parts speed accuracy]
+
+TRL wants an environment of its own, and in it what this repository imports:
+
+    python -m venv /tmp/trl_venv
+    /tmp/trl_venv/bin/pip install torch==2.13.0     # as where `python` above is: a CPU build, or one for GPUs
+    /tmp/trl_venv/bin/pip install trl==1.16.0 transformers==5.19.0 accelerate==1.15.0 datasets pyyaml filelock \
+        matplotlib httpx2 numpy==2.3.5
+
+Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and saving not counted:
+
+speed: wall seconds of a rollout step (writing, scoring, update) by the responses it trains on, median of the steps
+after the first; without dynamic sampling, which TRL does not have, so that both do the same work.
+
+accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, judged every 5 rollout steps by this
+repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling on. A run of TRL's that does not get
+there counts with the seconds until it was stopped; one of ours makes the goal missed.
+
+The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`), 32 prompts x 16
+responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's loss with its two clips, the AdamW
+object itself, its warm-up, weight decay on all weights, gradient clipping. TRL's defaults that would cost it time are
+off: gradient checkpointing, logging, progress bars, saving. Its micro-batch is `--micro-batch`; 128, a whole
+mini-batch, was its fastest of 128, 64 and 32.
+
+Not the same, and TRL's own ways: it pads each micro-batch to the longest response of the whole step (here nearly always
+the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on with all rows until the last has ended;
+old log-probs are computed for all four mini-batches, ours for three; the loss divides by a quarter of the step's tokens
+rather than by the mini-batch's; advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers,
+so other prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous batching instead,
+which on a CPU is slower.
+
+Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GOALS = {"speed": 0.5, "accuracy": 0.6}
+SIDES, WARM_UP, JUDGE_EVERY = ("ours", "trl"), 1, 5
+
+
+class Progress:
+    """What one process measures: a row for each rollout step, and the accuracies in between, off the clock."""
+
+    def __init__(self, args: argparse.Namespace, judge: Callable[[], float]) -> None:
+        self.rows, self.accuracies, self.judge, self.target = [], {}, judge, args.target
+        self.judging = args.part == "accuracy"
+        self.limit = args.max_steps if self.judging else WARM_UP + args.steps
+        self.start = time.perf_counter()
+
+    def after_step(self, **row) -> bool:
+        """Take the time; returns whether this was the last step."""
+        self.rows.append({"seconds": time.perf_counter() - self.start, **row})
+        done = len(self.rows) == self.limit
+        if self.judging and len(self.rows) % JUDGE_EVERY == 0:
+            accuracy = self.accuracies[len(self.rows)] = self.judge()
+            done = done or accuracy >= self.target
+        self.start = time.perf_counter()
+        return done
+
+
+def run_ours(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+    """Train with `train_dapo.train`."""
+    from run import sync_weights
+    from train_dapo import train
+    sync_weights(run)
+    progress = Progress(args, judge)
+    for metrics, _, _ in train(run, prompts, Counter()):
+        if progress.after_step(responses=metrics["groups/trained"] * run.config.rollout.n,
+                               acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]):
+            break
+    return progress
+
+
+def run_trl(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+    """Train the same policy, with the same optimizer, with TRL's GRPOTrainer."""
+    from datasets import Dataset
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+    config, seen = run.config, []
+    if run.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
+        raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way
+    updates = config.data.train_batch_size * config.rollout.n // config.actor.ppo_mini_batch_size
+    optimizer = run.optimizer.optimizer
+    schedule = LambdaLR(optimizer, lambda update: min(1.0, (update // updates + 1) / config.actor.lr_warmup_steps))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=run.policy, reward_funcs=make_reward(run, seen), args=trl_config(args, config, updates, folder),
+            train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]),
+            processing_class=run.tokenizer, optimizers=(optimizer, schedule))
+        if trainer.accelerator.unwrap_model(trainer.model) is not run.policy:
+            raise SystemExit("TRL trains another model than the one that is judged")
+
+        class Watch(TrainerCallback):
+            """After each rollout step's last update: take the time."""
+
+            def on_step_end(self, arguments, state, control, **_):
+                if state.global_step % updates == 0:
+                    accs, lengths = zip(*seen, strict=True)
+                    control.should_training_stop = progress.after_step(
+                        responses=len(seen), acc=statistics.mean(accs), length=statistics.mean(lengths))
+                    seen.clear()
+        trainer.add_callback(Watch())
+        progress = Progress(args, judge)
+        trainer.train()
+    return progress
+
+
+def make_reward(run, seen: list[tuple[float, int]]) -> Callable:
+    """Our reward as TRL calls it; accuracy and length of each response are left in `seen`."""
+    from reward import judge, overlong_penalty
+    config = run.config
+
+    def reward(completions, completion_ids, answer, **_):
+        scores = [judge(run.verifier, text, right, {}) for text, right in zip(completions, answer, strict=True)]
+        seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
+        return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
+                                               config.overlong_buffer.penalty_factor)
+                for score, ids in zip(scores, completion_ids, strict=True)]
+    return reward
+
+
+def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
+    """TRL's settings for what `config` says."""
+    import torch
+    from trl import GRPOConfig
+    responses, actor = config.data.train_batch_size * config.rollout.n, config.actor
+    return GRPOConfig(
+        output_dir=folder, seed=config.seed, use_cpu=not torch.cuda.is_available(), bf16=False,
+        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+        max_steps=updates * (args.max_steps if args.part == "accuracy" else WARM_UP + args.steps),
+        per_device_train_batch_size=args.micro_batch, steps_per_generation=responses // args.micro_batch,
+        gradient_accumulation_steps=actor.ppo_mini_batch_size // args.micro_batch, num_generations=config.rollout.n,
+        max_completion_length=config.data.max_response_length, temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p, top_k=0, learning_rate=actor.lr, max_grad_norm=actor.grad_clip,
+        loss_type="dapo", epsilon=actor.clip_ratio_low, epsilon_high=actor.clip_ratio_high, beta=0.0,
+        num_iterations=actor.ppo_epochs, scale_rewards="group", mask_truncated_completions=False,
+        use_transformers_continuous_batching=args.continuous_batching)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One side, in this process. Both start from the same `set_up`: policy, optimizer, prompts, verifier."""
+    sys.path.insert(0, str(ROOT))
+    from config import load_config
+    from run import set_up
+    from train_dapo import validate
+    steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config("config.yaml", [
+            f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
+            f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
+            f"total_training_steps={steps}"])
+        run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, 0))
+
+        def judge() -> float:
+            return validate(run, val_prompts).metrics[f"avg@{config.val.n}"]
+        progress = {"ours": run_ours, "trl": run_trl}[args.one](args, run, prompts, judge)
+    return {"rows": progress.rows, "accuracies": progress.accuracies}
+
+
+def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> dict:
+    """One side in a process of its own, and what it printed last."""
+    command = [args.trl_python if side == "trl" else sys.executable, __file__, "--one", side, "--part", part,
+               "--seed", str(seed), "--steps", str(args.steps), "--max-steps", str(args.max_steps),
+               "--target", str(args.target), "--micro-batch", str(args.micro_batch)]
+    result = subprocess.run(command + ["--continuous-batching"] * args.continuous_batching, capture_output=True,
+                            text=True, env={"OMP_WAIT_POLICY": "passive", **os.environ})
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the least and the most."""
+    return (f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+
+
+def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
+    """Print the table of the first part; returns each side's seconds per trained response."""
+    print("| | ms per trained response, median (least to most) | seconds a step | responses a step | acc at step 1 | "
+          "mean length at step 1 | in the timed steps |\n|---|---|---|---|---|---|---|")
+    figures = {}
+    for side, runs in results.items():
+        timed = [result["rows"][WARM_UP:] for result in runs]
+        firsts = [result["rows"][0] for result in runs]
+        figures[side] = [statistics.median(row["seconds"] / row["responses"] for row in rows) for rows in timed]
+        print(f"| {side} | {spread([1000 * seconds for seconds in figures[side]], 2)} | "
+              f"{spread([statistics.median(row['seconds'] for row in rows) for rows in timed], 2)} | "
+              f"{statistics.mean(row['responses'] for rows in timed for row in rows):.0f} | "
+              f"{statistics.mean(row['acc'] for row in firsts):.3f} | "
+              f"{statistics.mean(row['length'] for row in firsts):.1f} | "
+              f"{statistics.mean(row['length'] for rows in timed for row in rows):.1f} |")
+    return figures
+
+
+def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, list[float]]:
+    """Print the table of the second part; returns each side's seconds of training, infinite where ours fell short."""
+    print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds a step | "
+          "accuracies (avg@4) |\n|---|---|---|---|---|")
+    figures = {}
+    for side, runs in results.items():
+        figures[side], steps = [], []
+        for result in runs:
+            steps.append(len(result["rows"]))
+            reached = max(result["accuracies"].values(), default=0.0) >= target
+            seconds = sum(row["seconds"] for row in result["rows"])
+            figures[side].append(seconds if reached or side == "trl" else math.inf)
+        curves = "; ".join(", ".join(f"{step}: {acc:.3f}" for step, acc in result["accuracies"].items())
+                           for result in runs)
+        per_step = [sum(row["seconds"] for row in result["rows"]) / len(result["rows"]) for result in runs]
+        print(f"| {side} | {spread(figures[side], 1)} | {', '.join(map(str, steps))} | {spread(per_step, 2)} | "
+              f"{curves} |")
+    return figures
+
+
+def main() -> None:
+    """Measure both sides in turn, print the tables, judge."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
+    parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="speed: timed rollout steps of a process")
+    parser.add_argument("--max-steps", type=int, default=60, help="accuracy: rollout steps at most")
+    parser.add_argument("--target", type=float, default=0.85)
+    parser.add_argument("--micro-batch", type=int, default=128, help="TRL's per_device_train_batch_size")
+    parser.add_argument("--continuous-batching", action="store_true", help="TRL writes with it")
+    parser.add_argument("--one", choices=SIDES, help="measure this side, and print JSON")
+    parser.add_argument("--part", choices=GOALS, default="speed")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.one:
+        print(json.dumps(measure(args)))
+        return
+    if not args.trl_python:
+        parser.error("--trl-python is needed; the docstring says how to make one")
+    verdicts, missed = [], False
+    for part in args.parts:
+        results = {side: [] for side in SIDES}
+        for seed in range(args.repeats):
+            for side in SIDES:
+                results[side].append(measure_apart(args, part, side, seed))
+        figures = speed_table(results) if part == "speed" else accuracy_table(results, args.target)
+        pairs = [ours / trl for ours, trl in zip(figures["ours"], figures["trl"], strict=True)]
+        ratio = statistics.median(figures["ours"]) / statistics.median(figures["trl"])
+        print(f"\n{part}: ours / TRL of each pair {', '.join(f'{pair:.2f}' for pair in pairs)}\n", flush=True)
+        verdicts.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
+                        f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
+        missed = missed or not ratio <= GOALS[part]
+    print(", ".join(verdicts))
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""How fast are responses written? `rollout.generate` against the library's own `model.generate`.
+
+    python bench/rollout_vs_generate.py [--models toy/base random] [--rounds 5]
+
+In turn, in one process, after a short warm-up of each; float32, temperature 1, n responses to a prompt. Counted are
+the tokens up to the EOS, which is included: what is computed for rows that have already stopped counts for nothing.
+Prints a Markdown table, and the ratio of the tokens a second; exits 1 where a model misses the goal.
+
+`random` is an untrained Llama of some 10M parameters, whose EOS has the same probability everywhere: lengths differ as
+much as they can, from 1 to the limit. Its batch is smaller, so that a round takes seconds. A trained policy is any
+model directory of the embedded task, as runs/toy/model.
+
+What the two return is not the same. Ours comes with log-probs, and with texts; the library is measured without both,
+and once more with log-probs its own way (`output_scores`, and then `compute_transition_scores`). The goal is judged by
+whichever of the two is quicker; who comes after whom makes a difference on a CPU, so the order rotates. The library
+runs the prompt once for each response, ours once for all n: part of the
+difference, and meant to be. Mean lengths are in the table, to show that both did the same work.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait leave the cores to others
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from rollout import generate  # noqa: E402
+from sampling import load_prompts  # noqa: E402
+
+GOAL, EOS, MEAN_LENGTH = 1.5, 0, 64
+WAYS = ("rollout.generate", "model.generate", "model.generate, log-probs")
+
+
+def random_model() -> LlamaForCausalLM:
+    """Untrained, and with a bias towards the EOS: lengths are geometric, with a mean of `MEAN_LENGTH` but for the cut.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=2048, hidden_size=320, intermediate_size=1280, num_hidden_layers=5, num_attention_heads=5,
+        head_dim=64, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=EOS,
+        pad_token_id=EOS))
+    size = model.config.vocab_size
+    head = torch.nn.Linear(model.config.hidden_size, size)  # Llama's has no bias
+    head.weight.data, head.bias.data = model.lm_head.weight.data, torch.zeros(size)
+    head.bias.data[EOS] = torch.tensor(size / MEAN_LENGTH).log()  # the other logits are all near 0
+    model.lm_head = head
+    return model
+
+
+def load_case(name: str, args: argparse.Namespace):
+    """A model, its tokenizer, the prompts to answer, and the most tokens of a response."""
+    is_random = name == "random"
+    tokenizer = AutoTokenizer.from_pretrained("toy/base" if is_random else name)
+    model = random_model() if is_random else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    count = args.random_prompts if is_random else args.prompts
+    prompts, _ = load_prompts("toy/train.jsonl", tokenizer, 64, max_prompts=count, prompt_key="prompt",
+                              answer_key="answer", answer_regex="")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (model.to(device).eval(), tokenizer, [prompt.token_ids for prompt in prompts],
+            args.random_max_tokens if is_random else args.max_tokens)
+
+
+def write(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_tokens: int, seed: int) -> list[int]:
+    """Write n responses to each prompt, one of the three ways, and return their lengths."""
+    if way == "rollout.generate":
+        groups = generate(model, tokenizer, prompts, [(seed, i) for i in range(len(prompts))], n, max_tokens, 1.0,
+                          max_num_seqs=n * len(prompts))
+        return [len(response.token_ids) for group in groups for response in group]
+    torch.manual_seed(seed)
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left", padding_value=EOS)
+    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([[len(p)] for p in prompts])
+    with_logprobs = way.endswith("log-probs")
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=max_tokens,
+            eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=with_logprobs, output_scores=with_logprobs)
+        if with_logprobs:
+            logprobs = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).cpu()
+            output = output.sequences
+    tokens = output[:, ids.shape[1]:].cpu()
+    if with_logprobs and logprobs.shape != tokens.shape:
+        raise SystemExit(f"{tuple(tokens.shape)} tokens, but {tuple(logprobs.shape)} log-probs")
+    before = ((tokens == EOS).cumsum(1) == 0).sum(1)  # tokens before the first EOS
+    return (before + 1).clamp(max=tokens.shape[1]).tolist()
+
+
+def measure(case: tuple, n: int, rounds: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Tokens a second, mean length and seconds of each round of each way."""
+    model, tokenizer, prompts, max_tokens = case
+    rows = defaultdict(list)
+    for way in WAYS:
+        write(way, model, tokenizer, prompts[:4], n, max_tokens, rounds)
+    for seed in range(rounds):
+        for way in WAYS[seed % 3:] + WAYS[:seed % 3]:
+            start = time.perf_counter()
+            lengths = write(way, model, tokenizer, prompts, n, max_tokens, seed)
+            seconds = time.perf_counter() - start
+            rows[way].append((sum(lengths) / seconds, statistics.mean(lengths), seconds))
+    return rows
+
+
+def main() -> None:
+    """Measure each model, print the table, judge."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["toy/base", "random"], help="directories, or `random`")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n", type=int, default=16, help="responses a prompt")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--random-prompts", type=int, default=8)
+    parser.add_argument("--random-max-tokens", type=int, default=256)
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    print("| model | parameters | responses x most tokens | written by | tokens/s, median (least to most) | seconds | "
+          "mean length | ours / this |\n|---|---|---|---|---|---|---|---|")
+    ratios = {}
+    for name in args.models:
+        case = load_case(name, args)
+        rows = measure(case, args.n, args.rounds)
+        ours = [speed for speed, *_ in rows[WAYS[0]]]
+        for way in WAYS:
+            speeds, lengths, seconds = zip(*rows[way], strict=True)
+            rounds = [mine / other for mine, other in zip(ours, speeds, strict=True)]
+            ratio = statistics.median(ours) / statistics.median(speeds)
+            if way != WAYS[0]:
+                ratios[name] = min(ratio, ratios.get(name, ratio))
+            print(f"| {name} | {case[0].num_parameters() / 1e6:.1f}M | {len(case[2]) * args.n} x {case[3]} | {way} | "
+                  f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | "
+                  f"{statistics.median(seconds):.2f} | {statistics.mean(lengths):.1f} | "
+                  f"{ratio:.2f} ({min(rounds):.2f} to {max(rounds):.2f}) |", flush=True)
+    print("\ntokens/s of model.generate's, the quicker of its two: "
+          + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + f" (goal {GOAL})")
+    sys.exit(min(ratios.values()) < GOAL)
+
+
+if __name__ == "__main__":
+    main()
