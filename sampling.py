@@ -200,11 +200,11 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
 
 
 def _fill(indices: list[int], samples: list[Sample], max_tokens: int, packed: bool) -> list[list[int]]:
-    """Batches of `indices`, longest first. At most a sixteenth of `max_tokens` is padding: more batches, less waste."""
+    """Batches of `indices`, longest first. At most an eighth of `max_tokens` is padding: more batches, less waste."""
     batches, room, row, padding = [], 0, 1, 0
     for i in indices:
         padding += 0 if packed else row - len(samples[i])
-        if room < (len(samples[i]) if packed else row) or padding > max_tokens // 16:
+        if room < (len(samples[i]) if packed else row) or padding > max_tokens // 8:
             batches.append([])
             room, row, padding = max_tokens, len(samples[i]), 0
         batches[-1].append(i)

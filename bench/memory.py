@@ -20,6 +20,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses
 import rollout
+from sampling import Sample, collate
 
 ON_GPU, EXACT, LOOSE = torch.cuda.is_available(), (0.9, 1.1), (0.8, 1.25)
 SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16, "T": 112, "n": 8}
@@ -31,8 +32,7 @@ TERMS = {  # formula, bounds; the symbols are those of docs/SCALING.md, with one
     "checkpoint file": ("3*c*N", EXACT),
     "activations, checkpointed": ("M*(L*c*H + (4 + 2*c)*H)", LOOSE),  # layers' inputs, last norm
     "activations, all kept": ("M*(L*((8 + 4*c)*H + 2*c*(H + K) + 4*c*I) + (4 + 2*c)*H)", LOOSE),
-    "logits": ("c*B*(T + 1)*V", EXACT),
-    "peak of a micro-batch, checkpointed": ("M*(L*c*H + (4 + 2*c)*H) + 2*c*B*(T + 1)*V + 3*4*C", EXACT),
+    "head: gradient, chunk of logits, tokens": ("W*V*H + 8*C + 2*c*B*T*H", LOOSE),
     "KV cache": ("2*c*L*K*B*n*(P + T - 1)", EXACT),
     "responses exchanged": ("(8 + 4)*B*n*T", EXACT)}
 
@@ -62,15 +62,19 @@ class Storages(TorchDispatchMode):
 def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     """A step of the trainer: forward and backward, without gradient checkpointing and then with it, and AdamW."""
     sizes = {}
-    model.register_forward_hook(lambda *call: sizes.update(logits=call[-1].logits.untyped_storage().nbytes()))
     for term in ("activations, all kept", "activations, checkpointed"):
         model.zero_grad()
         with Storages() as storages:
             loss = losses.response_logprobs(model, batch)[0].sum()
-            sizes[term] = storages.read()[0] - sizes["logits"]
+            sizes[term] = storages.read()[0]
             loss.backward()
-            sizes["gradients"], sizes["peak of a micro-batch, checkpointed"] = storages.read()
+            sizes["gradients"] = storages.read()[0]
         model.gradient_checkpointing_enable()
+    with Storages() as storages:
+        hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device, dtype=model.dtype,
+                             requires_grad=True)
+        losses.head_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
+        sizes["head: gradient, chunk of logits, tokens"] = storages.read()[1]
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     sizes["Adam's moments"] = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
@@ -96,11 +100,11 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
         model = Qwen2ForCausalLM(config).to(dtype).train()
         sizes = {"parameters": storages.read()[0]}
     ids = torch.randint(shape.V, (shape.B, shape.P + shape.T), device=device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "responses": ids[:, shape.P:],
-             "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids)}
+    batch = collate([Sample(row[:shape.P].tolist(), row[shape.P:].int().cpu().numpy(), 0.0) for row in ids], 0, device)
     sizes |= measure_training(model, batch) | measure_rollout(model, ids[:, :shape.P].tolist(), shape.n, shape.T)
+    summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10  # in float32; of bfloat16, a chunk's part beside it
     symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads, "M": ids.numel(),
-               "C": losses.CHUNK_ELEMENTS, "N": sum(p.numel() for p in model.parameters())}
+               "C": losses.CHUNK_ELEMENTS, "W": summed, "N": sum(p.numel() for p in model.parameters())}
     print(f"\n{dtype}: " + ", ".join(f"{k} {v}" for k, v in symbols.items()),
           "\n| term | formula | predicted bytes | measured bytes | ratio |\n|---|---|---|---|---|", sep="\n")
     predicted = {term: eval(formula, {}, symbols) for term, (formula, _) in TERMS.items()}
