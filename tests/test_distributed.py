@@ -44,7 +44,9 @@ def assert_alike(one, other):
         gradients, others = one[f"{mode}/gradients"], other[f"{mode}/gradients"]
         assert gradients.shape == others.shape and len(gradients) == 6
         assert np.abs(gradients - others).max() < 1e-5 * max(1.0, np.abs(gradients).max()), mode
-        assert np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"]).max() < 1e-5
+        clear = np.abs(gradients).min(axis=0) > 1e-5 * np.abs(gradients).max()  # of rounding noise Adam makes a step too
+        apart = np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"])
+        assert clear.mean() > 0.5 and apart[clear].max() < 1e-5 and apart.max() < 1e-4
 
 
 def test_two_processes_do_what_one_does(one_process, tmp_path):
