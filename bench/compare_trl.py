@@ -177,8 +177,8 @@ def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> 
     command = [args.trl_python if side == "trl" else sys.executable, __file__, "--one", side, "--part", part,
                "--seed", str(seed), "--steps", str(args.steps), "--max-steps", str(args.max_steps),
                "--target", str(args.target), "--micro-batch", str(args.micro_batch)]
-    result = subprocess.run(command + ["--continuous-batching"] * args.continuous_batching, capture_output=True,
-                            text=True, env={"OMP_WAIT_POLICY": "passive", **os.environ})
+    result = subprocess.run(command + ["--continuous-batching"] * args.continuous_batching,
+                            capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
     return json.loads(result.stdout.splitlines()[-1])

@@ -26,7 +26,6 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait leave the cores to others
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
