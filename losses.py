@@ -37,7 +37,7 @@ def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0)
     fused = type(head) is torch.nn.Linear and head.bias is None and head not in _CHANGED_AFTERWARDS
     made = None
 
-    def project(hidden: Tensor) -> Tensor:  # what the head does, within the model's forward pass: there it is whole
+    def project(hidden: Tensor) -> Tensor:  # in the head's place, within the forward pass: there FSDP has it whole
         nonlocal made
         hidden = hidden.flatten(0, 1).index_select(0, batch["before"])  # (N, H)
         if not fused:

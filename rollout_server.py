@@ -243,6 +243,7 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
 
 NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
+
 def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_seqs: int, prompts, seeds, n: int,
                     max_tokens: int, temperature: float, top_p: float, progress: str = "") -> list[list[Response]]:
     """`n` responses to each prompt, `max_num_seqs` of them asked for at a time. Raises ConnectionError, ValueError."""
@@ -305,6 +306,8 @@ async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[di
 def check_ends(url: str, answer: dict, body: dict) -> None:
     """Raise ConnectionError where a response was broken off, ValueError where it was cut before `max_tokens`."""
     for choice in answer.get("choices", []):
+        if choice.get("token_ids") is None:
+            raise ValueError(f"{url} does not return token ids: it is no vLLM, or an old one")
         if choice["finish_reason"] not in ("stop", "length"):
             raise ConnectionError(f"{url} broke a response off ({choice['finish_reason']})")
         if choice["finish_reason"] == "length" and len(choice["token_ids"]) < body["max_tokens"]:

@@ -110,6 +110,8 @@ def test_a_response_cut_before_the_limit_is_an_error(stand_in):
     ask_for(1, servers(stand_in(partial(ended, "length", 5))))
     with pytest.raises(ValueError, match="cut a response after 4 tokens, not 5: its --max-model-len"):
         ask_for(1, servers(stand_in(partial(ended, "length", 4))))
+    with pytest.raises(ValueError, match="does not return token ids"):
+        ask_for(1, servers(stand_in(lambda path, body: (200, {"weight_version": "1", "choices": [{"finish_reason": "stop"}]}))))
 
 
 def test_a_server_that_another_run_gives_weights_to_is_an_error(stand_in):
