@@ -208,9 +208,15 @@ def test_collate_packed_by_hand():
 
 
 def test_packed_micro_batches_hold_as_many_tokens_as_they_may():
-    samples = [sample(1, length) for length in (60, 30, 20, 9)]
-    assert micro_batches(samples, 122) == [[0, 1], [2, 3]]
-    assert micro_batches(samples, 122, packed=True) == [[0, 1, 2], [3]]
+    samples = [sample(1, length) for length in (60, 55, 5, 4)]
+    assert micro_batches(samples, 123) == [[0, 1], [2, 3]]
+    assert micro_batches(samples, 123, packed=True) == [[0, 1, 2], [3]]
+
+
+def test_long_rows_and_short_ones_do_not_share_a_micro_batch():
+    """At most an eighth of the budget is padding."""
+    assert micro_batches([sample(1, length) for length in (99, 89, 79)], 1000) == [[0, 1, 2]]
+    assert micro_batches([sample(1, length) for length in (99, 9, 9)], 1000) == [[0, 1], [2]]
 
 
 def test_the_eos_that_ended_a_response_trains_even_where_padding_is_the_same_token():
