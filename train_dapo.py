@@ -639,6 +639,10 @@ def main() -> None:
     run.engine.close()  # before the process groups that it has joined are gone
     run.accelerator.end_training()
     lock.release()
+    if run.accelerator.num_processes > 1:  # all is done; gloo, when it is taken down, now and then waits for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def keep_policy(run: Run) -> str:
