@@ -185,6 +185,7 @@ async def load(folder: Path, client: httpx2.AsyncClient, url: str) -> None:
 
 
 async def refuse(client: httpx2.AsyncClient, url: str) -> None:
+    """With nccl: a new process has no place in the group that weights are sent to. Raises ValueError."""
     raise ValueError(f"{url} was started anew, and cannot join in again: start this run anew too")
 
 

@@ -55,14 +55,17 @@ def move(run, seed):
             parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def test_logprobs_agree_before_training_and_after_each_sync(vllm_run):
-    run, prompts = vllm_run
+def assert_each_sync_arrives(run, prompts):
     assert largest_difference(run, prompts, write(run, prompts)) < 1e-4
     for seed in range(3):
         move(run, seed)
         assert largest_difference(run, prompts, write(run, prompts)) > 0.01  # not synced yet
         sync_weights(run)
         assert largest_difference(run, prompts, write(run, prompts)) < 1e-4
+
+
+def test_logprobs_agree_before_training_and_after_each_sync(vllm_run):
+    assert_each_sync_arrives(*vllm_run)
 
 
 def test_a_sync_that_does_nothing_is_an_error(vllm_run, make_run):
