@@ -25,7 +25,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside every clip range; beyond it flo
 CHUNK_ELEMENTS = 2**25  # logits that exist at a time: 128 MB in float32
 
 
-def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_logprobs(model, batch: dict, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens, both (B, T), in float32 or wider; 0 on padding.
 
     `batch` is what `sampling.collate` makes. This is the one place that shifts: `batch["before"]` (N,) are the
@@ -47,7 +47,7 @@ def response_logprobs(model, batch: dict[str, Tensor], temperature: float = 1.0)
 
     head.forward = project
     try:
-        output = model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
+        output = model(input_ids=batch["input_ids"], use_cache=False, **batch["packed"])
     finally:
         del head.forward
     if fused and output.logits is not made[0]:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
+from attention import let_pack
 from checkpoint import is_sharded
 from config import one_line_errors
 from reward import load_verifier
@@ -146,8 +147,10 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     if longest > getattr(architecture, "max_position_embeddings", longest):
         raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, but "
                          f"{config.model.path} has {architecture.max_position_embeddings} positions")
-    return load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
-                attn_implementation=config.model.attn_implementation)
+    model = load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
+                 attn_implementation=config.model.attn_implementation)
+    let_pack(model)
+    return model
 
 
 def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, device: torch.device) -> torch.nn.Module:

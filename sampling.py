@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapreplace
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from attention import pack_arguments
 from reward import Score
 from rollout import Response
 
@@ -184,64 +186,77 @@ def mini_batches(num_samples: int, size: int, rng: np.random.Generator) -> list[
 
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
                   packed: bool = False) -> list[list[int]]:
-    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens, padding included, of
-    which there is none where they are `packed`.
+    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens (or of one sample).
 
-    Sorted by length, so that little is padding, and dealt out longest first to whichever rank has the fewest
-    tokens yet. A rank with fewer batches than another gets empty ones: collectives need every rank in every pass.
+    The longest first, to whichever rank has the fewest tokens yet; or, `packed`, to whichever of the fewest possible
+    batches. Else padding counts, and batches are of about the same length, so that there is little. Every rank
+    gets as many batches as the others, since collectives need them all; what it lacks is empty.
     """
-    shares, tokens = [[] for _ in range(world)], [0] * world
-    for i in sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True):
-        least = tokens.index(min(tokens))
-        shares[least].append(i)
-        tokens[least] += len(samples[i])
-    batches = [_fill(share, samples, max_tokens, packed) for share in shares]
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
+    lengths = [len(samples[i]) for i in order]
+    if packed:
+        parts = _deal(lengths, world * -(-sum(lengths) // (world * max_tokens)))
+        while any(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts):
+            parts = _deal(lengths, len(parts) + world)
+        return [[order[at] for at in part] for part in parts[rank::world]]
+    batches = [_fill([order[at] for at in part], samples, max_tokens) for part in _deal(lengths, world)]
     return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
 
 
-def _fill(indices: list[int], samples: list[Sample], max_tokens: int, packed: bool) -> list[list[int]]:
-    """Batches of `indices`, longest first. At most an eighth of `max_tokens` is padding: more batches, less waste."""
-    batches, room, row, padding = [], 0, 1, 0
+def _deal(lengths: list[int], count: int) -> list[list[int]]:
+    """Each of the lengths, by its place, to whichever of `count` parts is the least yet."""
+    parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
+    for at, length in enumerate(lengths):
+        least, part = sums[0]
+        heapreplace(sums, (least + length, part))
+        parts[part].append(at)
+    return parts
+
+
+def _fill(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
+    """Batches of `indices`, longest first, which are padded to that."""
+    batches, room, row = [], 0, 1
     for i in indices:
-        padding += 0 if packed else row - len(samples[i])
-        if room < (len(samples[i]) if packed else row) or padding > max_tokens // 8:
+        if room < row:
             batches.append([])
-            room, row, padding = max_tokens, len(samples[i]), 0
+            room, row = max_tokens, len(samples[i])
         batches[-1].append(i)
-        room -= len(samples[i]) if packed else row
+        room -= row
     return batches
 
 
-def collate(samples: list[Sample], pad_id: int, device="cpu", packed: bool = False) -> dict[str, Tensor]:
+def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "") -> dict:
     """Tensors for `losses.response_logprobs` and the loss.
 
-    Each sample is a row of `input_ids`, padded on the right, which causal attention needs no mask for; or, `packed`,
-    all are one row, told apart by `position_ids`. Of the N response tokens, one after the other: `tokens`; `before`,
-    the position before each, counted through all rows; `places`, where they are among (B, T).
+    Each sample is a row of `input_ids`, padded on the right, which causal attention needs no mask for; or all are one
+    row, where the model takes that (`packing`, as `attention.packing` has it), and `packed` tells them apart. Of the
+    N response tokens, one after the other: `tokens`; `before`, the position before each, counted through all rows;
+    `places`, where they are among (B, T).
 
     Masks come from lengths, never from token values: the EOS that ended a response is trained, even
     where padding has the same id. `mask` is what trains.
     """
-    responses = [torch.from_numpy(s.response_ids).long() for s in samples]
-    rows = [torch.cat([torch.tensor(s.prompt_ids), r]) for s, r in zip(samples, responses, strict=True)]
-    lengths = torch.tensor([len(r) for r in responses])
-    if packed:
-        ids = torch.cat(rows)[None]
-        starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
+    sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
+    flat = torch.from_numpy(np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
+    if packing:
+        ids = flat[None]
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
     else:
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
-        starts = torch.arange(len(rows)) * ids.shape[1]
+        ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
+        starts = torch.arange(len(sizes)) * ids.shape[1]
     column = torch.arange(int(lengths.max()))  # (T,)
     written = column < lengths[:, None]  # (B, T)
-    first = starts + torch.tensor([len(s.prompt_ids) for s in samples]) - 1
-    batch = {"input_ids": ids, "tokens": torch.cat(responses), "before": (first[:, None] + column)[written],
-             "places": written.flatten().nonzero().squeeze(1),
+    first = starts + torch.tensor(sizes) - lengths - 1
+    before = (first[:, None] + column)[written]
+    places = written.flatten().nonzero().squeeze(1)
+    batch = {"input_ids": ids, "tokens": ids.flatten()[before + 1], "before": before, "places": places,
              "mask": written & torch.tensor([[s.trains] for s in samples]),
              "advantages": torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)}
-    if packed:
-        batch["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
         values = [getattr(s, name) for s in samples]
         if all(value is not None for value in values):
-            batch[name] = pad_sequence(values, batch_first=True)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+            values = torch.cat(values)
+            batch[name] = values.new_zeros(written.numel()).index_copy(0, places, values).view(written.shape)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch["packed"] = pack_arguments(sizes, packing, device) if packing else {}
+    return batch

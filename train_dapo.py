@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from attention import packing
 from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
                         read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
 from config import flatten, one_line_errors, read_command_line
@@ -226,7 +227,7 @@ def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[
     num_seqs = sum(sample.trains for sample in mini)
     sums, largest = defaultdict(float), torch.zeros((), device=accelerator.device)
     micros = micro_batches(mini, config.actor.max_tokens_per_micro_batch, accelerator.process_index,
-                           accelerator.num_processes, packs(config))
+                           accelerator.num_processes, bool(packing(run.policy)))
     for indices in micros:
         batch = make_batch(run, mini, indices)
         # Gradients are summed over the processes with the last one only; but where they are sharded, each time:
@@ -244,7 +245,7 @@ def accumulate_gradients(run: Run, mini: list[Sample], on_policy: bool) -> dict[
             "rollout_max": accelerator.gather(largest).max().item()}
 
 
-def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict[str, Tensor], on_policy: bool,
+def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dict, on_policy: bool,
                      num_tokens: int, num_seqs: int) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's part of the loss: equation 8, negated, and what ablations add. And sums of statistics.
 
@@ -352,7 +353,8 @@ def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list
     """Each response's log-probs (T,) under `model`, on the CPU; the processes share the work."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     mine = {}
-    for indices in micro_batches(samples, run.config.actor.max_tokens_per_micro_batch, rank, world, packs(run.config)):
+    for indices in micro_batches(samples, run.config.actor.max_tokens_per_micro_batch, rank, world,
+                                 bool(packing(run.policy))):
         with run.accelerator.autocast():
             logprobs, _ = response_logprobs(model, make_batch(run, samples, indices), run.config.rollout.temperature)
         mine |= {i: row[:len(samples[i].response_ids)].clone() for i, row in zip(indices, logprobs.cpu(), strict=False)}
@@ -360,15 +362,10 @@ def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list
     return [everyones[i] for i in range(len(samples))]
 
 
-def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict[str, Tensor]:
+def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict:
     """A micro-batch on the device. An empty one is a response that does not train: every rank must take part."""
     rows = [samples[i] for i in indices] or [replace(min(samples, key=len), trains=False)]
-    return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device, packs(run.config))
-
-
-def packs(config: SimpleNamespace) -> bool:
-    """Whether micro-batches are one row without padding: where attention takes sequences of any lengths."""
-    return "flash" in config.model.attn_implementation
+    return collate(rows, run.tokenizer.pad_token_id or 0, run.accelerator.device, packing(run.policy))
 
 
 # ---- the directory of a run --------------------------------------------------------------------------------

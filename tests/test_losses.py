@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import losses
+from attention import let_pack, packing
 from losses import (
     aggregate,
     group_advantages,
@@ -339,9 +340,11 @@ def test_whatever_the_model_does_to_its_logits_the_logprobs_are_those_of_each_re
     gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     whole = token_logprobs
     monkeypatch.setattr(losses, "token_logprobs", lambda logits, *rest: heads.append(logits.shape) or whole(logits, *rest))
-    for packed in (False, True):
+    let_pack(model)
+    assert packing(model) == ("" if config.model_type in ("gemma2", "mistral") else "blocks")  # which have sliding windows
+    for way in ("", "flash", packing(model)):  # "flash" without flash attention: transformers makes a mask
         model.zero_grad()
-        logprobs, entropy = response_logprobs(model, collate(samples, 0, packed=packed), 0.7)
+        logprobs, entropy = response_logprobs(model, collate(samples, 0, packing=way), 0.7)
         for row, more, pair in zip(logprobs, entropy, alone, strict=True):
             n = pair[0].numel()
             assert torch.allclose(row[:n], pair[0], atol=1e-9) and torch.allclose(more[:n], pair[1], atol=1e-9)
@@ -350,7 +353,7 @@ def test_whatever_the_model_does_to_its_logits_the_logprobs_are_those_of_each_re
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert max((gradients[0] - other).abs().max() for other in gradients[1:]) < (1e-5 if config.model_type == "gemma2" else 1e-9)  # its norms are in float32
     tokens = sum(len(sample.response_ids) for sample in samples)
-    assert heads == ([(1, tokens, 97)] * 2 if plain else [])  # no prompt and no padding reaches the head
+    assert heads == ([(1, tokens, 97)] * 3 if plain else [])  # no prompt and no padding reaches the head
 
 
 # ---- rollout correction ----

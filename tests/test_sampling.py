@@ -195,28 +195,36 @@ def test_collate_by_hand():
     assert batch["before"].tolist() == [1, 4, 5, 6]
     assert batch["places"].tolist() == [0, 3, 4, 5]
     assert batch["mask"].tolist() == [[True, False, False], [False, False, False]]
-    assert batch["advantages"].shape == (2, 1) and "old_logprobs" not in batch and "position_ids" not in batch
+    assert batch["advantages"].shape == (2, 1) and "old_logprobs" not in batch and batch["packed"] == {}
 
 
 def test_collate_packed_by_hand():
-    batch = collate([sample(2, 1), sample(1, 3)], pad_id=9, packed=True)
+    batch = collate([sample(2, 1), sample(1, 3)], pad_id=9, packing="flash")
     assert batch["input_ids"].tolist() == [[1, 2, 1, 1, 1, 2, 3]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]] and len(batch["packed"]) == 1
     assert batch["tokens"].tolist() == [1, 1, 2, 3]
     assert batch["before"].tolist() == [1, 3, 4, 5]
     assert batch["places"].tolist() == [0, 3, 4, 5]
 
 
-def test_packed_micro_batches_hold_as_many_tokens_as_they_may():
-    samples = [sample(1, length) for length in (60, 55, 5, 4)]
-    assert micro_batches(samples, 123) == [[0, 1], [2, 3]]
-    assert micro_batches(samples, 123, packed=True) == [[0, 1, 2], [3]]
+def test_packed_micro_batches_are_few_and_alike():
+    samples = [sample(1, length - 1) for length in (60, 55, 5, 4)]
+    assert micro_batches(samples, 120) == [[0, 1], [2, 3]]
+    assert micro_batches(samples, 124, packed=True) == [[0, 1, 2, 3]]
+    assert micro_batches(samples, 123, packed=True) == [[0, 3], [1, 2]]
+    assert micro_batches(samples, 61, packed=True) == [[0], [1], [2, 3]]
+    assert micro_batches(samples, 50, packed=True) == [[0], [1], [2, 3]]  # two are beyond the budget by themselves
 
 
-def test_long_rows_and_short_ones_do_not_share_a_micro_batch():
-    """At most an eighth of the budget is padding."""
-    assert micro_batches([sample(1, length) for length in (99, 89, 79)], 1000) == [[0, 1, 2]]
-    assert micro_batches([sample(1, length) for length in (99, 9, 9)], 1000) == [[0, 1], [2]]
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_packed_micro_batches_share_out_every_response_once_within_the_budget(world):
+    rng = np.random.default_rng(0)
+    samples = [sample(int(rng.integers(1, 9)), int(rng.integers(1, 90))) for _ in range(50)]
+    parts = [micro_batches(samples, 300, rank, world, packed=True) for rank in range(world)]
+    assert sorted(i for part in parts for batch in part for i in batch) == list(range(50))
+    assert len({len(part) for part in parts}) == 1
+    sizes = [sum(len(samples[i]) for i in batch) for part in parts for batch in part]
+    assert max(sizes) <= 300 and len(sizes) <= -(-sum(map(len, samples)) // 300) + 2 * world
 
 
 def test_the_eos_that_ended_a_response_trains_even_where_padding_is_the_same_token():
