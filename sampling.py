@@ -9,6 +9,7 @@ is one integer, and identifies a group even where the data repeat a prompt.
 """
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -168,6 +169,17 @@ def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) ->
     """The `count` prompts from `position` of the endless stream, each with its own position."""
     return [(at, prompts[_epoch_order(len(prompts), seed, at // len(prompts))[at % len(prompts)]])
             for at in range(position, position + count)]
+
+
+def auto_batch_size(missing: int, kept: float, drawn: float) -> int:
+    """So many prompts that `missing` groups will be kept of them, more likely than not, if as large a share is as the
+    `kept` of those `drawn` before (as if there had been one more, and that kept).
+
+    Draws until m successes of probability p have mean m / p and standard deviation sqrt(m (1 - p)) / p: one of these
+    is the margin. More would waste responses, less generation batches.
+    """
+    share = (kept + 1) / (drawn + 1)
+    return math.ceil((missing + math.sqrt(missing * (1 - share))) / share)
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------

@@ -44,10 +44,11 @@ from plot import plot_runs
 from reward import Score, judge, overlong_penalty
 from rollout import Response, pack, unpack
 from run import Run, set_up, sync_weights, whole_weights
-from sampling import (Group, Prompt, Sample, collate, draw_prompts, is_informative, make_rng,
+from sampling import (Group, Prompt, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
                       micro_batches, mini_batches)
 
-COUNTERS = ("step", "prompts_drawn", "optimizer_steps", "skipped_in_a_row")  # metrics that say how far a run has come
+COUNTERS = ("step", "prompts_drawn", "optimizer_steps", "skipped_in_a_row",  # metrics that say how far a run has come
+            "groups/kept_lately", "groups/drawn_lately")
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------------
 
@@ -58,17 +59,18 @@ def train(run: Run, prompts: list[Prompt], done: Counter) -> Iterator[tuple[dict
     """
     config, size = run.config, run.config.data.train_batch_size
     filtering, limit = config.filter_groups.enable, config.filter_groups.max_num_gen_batches
-    draw_size = config.data.gen_batch_size if filtering else size
-    position, optimizer_steps, skipped = done["prompts_drawn"], done["optimizer_steps"], done["skipped_in_a_row"]
+    position, optimizer_steps, skipped, kept, drawn = (done[name] for name in COUNTERS[1:])
     for step in range(done["step"] + 1, config.total_training_steps + 1):  # 1: for step = 1, ..., M
         timer, generated, buffer, gen_batches = Timer(), [], [], 0
         while len(buffer) < size and not (limit and gen_batches == limit):   # 7, 8: too few in the buffer: go on
-            batch = draw_prompts(prompts, position, draw_size, config.seed)  # 2: sample a batch of prompts
+            count = generation_batch_size(config, size - len(buffer), kept + len(buffer), drawn + len(generated))
+            batch = draw_prompts(prompts, position, count, config.seed)   # 2: sample a batch of prompts
             groups = write_groups(run, batch, step, timer)                # 3-5: old policy, G outputs each, rewards
             buffer += [group for group in groups                          # 6: filter, and add to the buffer
                        if not filtering or is_informative(group.metric(config.filter_groups.metric))]
             generated += groups
-            position, gen_batches = position + draw_size, gen_batches + 1
+            position, gen_batches = position + count, gen_batches + 1
+        kept, drawn = (kept + len(buffer)) / 2, (drawn + len(generated)) / 2
         trained = groups_to_train(run, step, buffer, generated, gen_batches)
         skipped = 0 if trained else skipped + 1
         if skipped > config.filter_groups.max_skipped_steps:
@@ -82,8 +84,16 @@ def train(run: Run, prompts: list[Prompt], done: Counter) -> Iterator[tuple[dict
             stats = update(run, samples, step, timer)                     # 10, 11: maximise the objective
             optimizer_steps += stats.pop("updates")
         yield {"step": step, "optimizer_steps": optimizer_steps, "prompts_drawn": position, "gen_batches": gen_batches,
-               "skipped_in_a_row": skipped, **rollout_metrics(config, generated, buffer, trained), **stats,
-               **timer.metrics()}, trained, advantages
+               "skipped_in_a_row": skipped, "groups/kept_lately": kept, "groups/drawn_lately": drawn,
+               **rollout_metrics(config, generated, buffer, trained), **stats, **timer.metrics()}, trained, advantages
+
+
+def generation_batch_size(config: SimpleNamespace, missing: int, kept: float, drawn: float) -> int:
+    """How many prompts are drawn next, when `missing` groups are, and of those `drawn` lately so many were `kept`."""
+    size, chosen = config.data.train_batch_size, config.data.gen_batch_size
+    if not config.filter_groups.enable:
+        return size
+    return min(4 * size, auto_batch_size(missing, kept, drawn)) if chosen == "auto" else chosen
 
 
 def groups_to_train(run: Run, step: int, buffer: list[Group], generated: list[Group],
@@ -477,6 +487,7 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     """What was written in a step, before the filter and after."""
     responses = [response for group in generated for response in group.responses]
     lengths = [len(response.token_ids) for response in responses]
+    trained_lengths = [len(response.token_ids) for group in trained for response in group.responses]
     return {
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for group in generated for score in group.scores),
@@ -487,7 +498,9 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
         "groups/all_correct": mean(all(acc == 1 for acc in group.metric("acc")) for group in generated),
         "groups/all_wrong": mean(all(acc == 0 for acc in group.metric("acc")) for group in generated),
         "responses/generated": len(responses),
-        "responses/wasted": len(responses) - sum(len(group.responses) for group in trained),
+        "responses/wasted": len(responses) - len(trained_lengths),
+        **({"responses/generated_per_trained": len(responses) / len(trained_lengths)} if trained else {}),
+        "responses/wasted_tokens": sum(lengths) - sum(trained_lengths),
         "response_length/mean": mean(lengths),
         "response_length/max": max(lengths),
         "response_length/truncated": mean(response.finish_reason == "length" for response in responses),

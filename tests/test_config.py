@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
     (["rollout.n=1"], "config key rollout.n: '1' is not of type int >= 2"),
     (["actor.ppo_mini_batch_size=100"], "actor.ppo_mini_batch_size=100 does not divide the 512 responses.*128 would"),
     (["data.gen_batch_size=3"], "can never fill data.train_batch_size=32"),
+    (["data.gen_batch_size=0"], "'0' is not one of auto . int >= 1"),
+    (["data.gen_batch_size=often"], "'often' is not one of auto . int >= 1"),
     (["data.answer_regex=("], "data.answer_regex '\\(' is no regular expression"),
     (["data.answer_regex=#"], "data.answer_regex '#' has no group"),
     (["data.prompt_template=hello"], "data.prompt_template has no {prompt}"),

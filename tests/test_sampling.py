@@ -12,6 +12,7 @@ from sampling import (
     Group,
     Prompt,
     Sample,
+    auto_batch_size,
     collate,
     draw_prompts,
     is_informative,
@@ -149,6 +150,12 @@ def test_the_filter_looks_at_the_metric_that_is_named():
                   rewards=[-1.0, -1.5], final_rewards=[-1.25, -1.25])
     assert [is_informative(group.metric(name)) for name in ("acc", "score", "seq_reward", "seq_final_reward")] == [
         False, False, True, False]
+
+
+def test_auto_batch_size_by_hand():
+    assert auto_batch_size(32, 0, 0) == 32  # nothing is known yet
+    assert auto_batch_size(10, 4, 9) == 25  # (10 + sqrt(10 / 2)) * 2 = 24.5
+    assert auto_batch_size(1, 0, 3) == 8  # (1 + sqrt(3 / 4)) * 4 = 7.5
 
 
 # ---- mini-batches and micro-batches ----

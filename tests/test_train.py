@@ -113,7 +113,7 @@ def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_run):
     stats = update(run, samples, 5, Timer())
     assert stats["actor/ratio"] == 1 and stats["actor/clip_up"] == stats["actor/clip_down"] == stats["actor/kl"] == 0
     assert stats["updates"] == 1
-    assert calls == [True] * len(train_dapo.micro_batches(samples, 300))  # gradient passes only
+    assert calls == [True] * len(train_dapo.micro_batches(samples, 300, packed=True))  # gradient passes only
 
 
 def count_calls(run):
@@ -257,6 +257,30 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_trains(make_run, monk
     shaped = np.array([1.0, -1.01, -1.02, -1.03])
     expected = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-6)
     assert [sample.advantage for sample in seen] == pytest.approx(expected.tolist())
+
+
+def test_auto_draws_as_many_prompts_as_the_share_kept_lately_asks_for(make_run, monkeypatch):
+    run, prompts = make_run("total_training_steps=3", "data.gen_batch_size=auto")
+    asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 4 == 0))
+    rows = [metrics for metrics, _, _ in train(run, prompts, Counter())]
+    # Nothing known: 4. 1 of 4 kept: (3 + sqrt(3 * 3/5)) / (2/5) = 10.9. 3 or 4 of 15: the rest is fewer
+    assert [len(batch) for batch in asked[:2]] == [4, 11] and [position for batch in asked for position in batch] == list(range(sum(map(len, asked))))
+    kept, drawn = 0.0, 0.0
+    for row in rows:
+        size = row["responses/generated"] / 4
+        kept, drawn = (kept + row["groups/kept"] * size) / 2, (drawn + size) / 2
+        assert (row["groups/kept_lately"], row["groups/drawn_lately"]) == pytest.approx((kept, drawn))
+        assert row["responses/generated_per_trained"] == size / 4 and row["responses/wasted_tokens"] == (size - 4) * 4 * 3
+    asked.clear()
+    ((resumed, _, _),) = train(run, prompts, Counter({name: rows[1][name] for name in train_dapo.COUNTERS}))
+    assert all(resumed[name] == value for name, value in rows[2].items() if name in train_dapo.COUNTERS or name.startswith("responses/"))
+
+
+def test_auto_has_a_bound_where_nothing_is_kept(make_run, monkeypatch):
+    run, prompts = make_run("total_training_steps=1", "data.gen_batch_size=auto", "filter_groups.max_num_gen_batches=3")
+    asked = fake_policy(monkeypatch, mixed_where(lambda position: position == 1))
+    list(train(run, prompts, Counter()))
+    assert [len(batch) for batch in asked] == [4, 11, 16]
 
 
 def test_accuracy_before_and_after_the_filter_have_names_of_their_own(make_run, monkeypatch):
