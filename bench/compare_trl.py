@@ -92,6 +92,7 @@ def run_trl(args: argparse.Namespace, run, prompts: list, judge: Callable[[], fl
     from transformers import TrainerCallback
     from trl import GRPOTrainer
     config, seen = run.config, []
+    run.policy.set_attn_implementation("sdpa")  # not attention.py
     if run.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
         raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way
     updates = config.data.train_batch_size * config.rollout.n // config.actor.ppo_mini_batch_size
