@@ -30,6 +30,9 @@ class Score:
     pred: str = ""
 
 
+TIMED_OUT = Score(0.0, -1.0, "(no verdict: the verifier took too long, or too much memory)")
+
+
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,
                      penalty_factor: float = 1.0) -> float:
     """Soft overlong punishment (equation 13): 0 up to the buffer's start, then falling in a straight line.

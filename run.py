@@ -7,7 +7,7 @@ set after each update.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,7 +29,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from attention import let_pack
 from checkpoint import is_sharded
 from config import one_line_errors
-from reward import load_verifier
+from judges import Judge, make_judge
 from rollout import Engine, stop_token_ids, transformers_engine
 from sampling import Prompt, load_prompts
 
@@ -45,7 +45,7 @@ class Run:
     engine: Engine
     reference: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
-    verifier: Callable
+    judge: Judge
 
 
 def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[list[Prompt]]]:
@@ -55,7 +55,8 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
         set_seed(config.seed)
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        verifier, tokenizer = load_verifier(config.reward.name), load(AutoTokenizer, config.model.path)
+        judge = make_judge(config.reward.name, cores_of_each(accelerator), config.reward.timeout)
+        tokenizer = load(AutoTokenizer, config.model.path)
         prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
         policy = load_model(config)
         unset_hf_deepspeed_config()  # with it, ZeRO-3 shards whatever is loaded; the other models stay whole
@@ -72,7 +73,7 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
-    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, verifier), prompts
+    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, judge), prompts
 
 
 def start_processes(config: SimpleNamespace) -> Accelerator:
@@ -86,8 +87,7 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
     if on_cpu:  # the launcher allows one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        torch.set_num_threads(cores_of_each(accelerator))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: decoding takes ten times as long
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # Accelerate would sum gradients in bfloat16 too
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -98,6 +98,12 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     accelerator.print(f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
                       f"{accelerator.device.type}, {accelerator.distributed_type.value}")
     return accelerator
+
+
+def cores_of_each(accelerator: Accelerator) -> int:
+    """How many cores a process has, if all of them are on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // accelerator.num_processes)
 
 
 def load(auto_class, path: str, **how):

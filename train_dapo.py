@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,9 +39,10 @@ from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharde
                         read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
 from config import flatten, one_line_errors, read_command_line
 from evaluate import Evaluation, evaluate, format_table
+from judges import Judge
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
 from plot import plot_runs
-from reward import Score, judge, overlong_penalty
+from reward import TIMED_OUT, Score, overlong_penalty
 from rollout import Response, pack, unpack
 from run import Run, set_up, sync_weights, whole_weights
 from sampling import (Group, Prompt, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
@@ -332,7 +333,7 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
             failure = str(error)
     with timer("reward"):
         if not failure:
-            scores, failure = judge_all(run.verifier, prompts, responses)
+            scores, failure = judge_all(run.judge, prompts, responses)
         results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
         raise SystemExit(f"error: {purpose}, {failures[0]}")
@@ -342,20 +343,21 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
     return [responses for _, responses, _ in rows], [scores for *_, scores in rows]
 
 
-def judge_all(verifier: Callable, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
+def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
     """A score for every response; and, where the policy or the verifier failed, on what and how."""
-    scores = []
     for prompt, group in zip(prompts, responses, strict=True):
         if not all(np.isfinite(response.logprobs).all() for response in group):
             return [], f"prompt {prompt.id}: log-probs are not finite; the policy has diverged, or its numbers overflow"
-        scores.append([])
-        for i, response in enumerate(group):
-            try:
-                scores[-1].append(judge(verifier, response.text, prompt.answer, prompt.row))
-            except ValueError as error:
-                return [], (f"prompt {prompt.id} ({prompt.text[-60:]!r}), response {i} ({response.text[-60:]!r}): "
-                            f"{error}")
-    return scores, ""
+    pairs = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
+    try:
+        verdicts = judge([(response.text, prompt.answer, prompt.row) for prompt, response in pairs])
+    except ValueError as error:  # it used to load
+        return [], str(error)
+    for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
+        if isinstance(verdict, str):
+            return [], f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
+    remaining = iter(verdicts)
+    return [[next(remaining) for _ in group] for group in responses], ""
 
 
 @torch.no_grad()
@@ -491,6 +493,7 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     return {
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for group in generated for score in group.scores),
+        "reward/timeouts": sum(score == TIMED_OUT for group in generated for score in group.scores),
         "acc/before_filter": mean(score.acc for group in generated for score in group.scores),
         **({"acc/after_filter": mean(score.acc for group in trained for score in group.scores)} if trained else {}),
         "groups/kept": len(kept) / len(generated),

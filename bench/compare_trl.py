@@ -123,11 +123,11 @@ def run_trl(args: argparse.Namespace, run, prompts: list, judge: Callable[[], fl
 
 def make_reward(run, seen: list[tuple[float, int]]) -> Callable:
     """Our reward as TRL calls it; accuracy and length of each response are left in `seen`."""
-    from reward import judge, overlong_penalty
+    from reward import overlong_penalty
     config = run.config
 
     def reward(completions, completion_ids, answer, **_):
-        scores = [judge(run.verifier, text, right, {}) for text, right in zip(completions, answer, strict=True)]
+        scores = run.judge([(text, right, {}) for text, right in zip(completions, answer, strict=True)])
         seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
         return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
                                                config.overlong_buffer.penalty_factor)
