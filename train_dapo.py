@@ -270,18 +270,16 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
                                                                        rollout.correction_cap)
     loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low, actor.clip_ratio_high,
                               actor.clip_ratio_c, weights)
-    stats["entropy"] = entropy.detach()[mask].sum(dtype=torch.float64)
     ratio = rollout_weights(old, sampled, mask, cap=torch.inf)
-    stats |= {"rollout_diff": (old - sampled).abs()[mask].sum(dtype=torch.float64),
-              "rollout_kl": kl_penalty(sampled, old, "k3")[mask].sum(dtype=torch.float64),
-              "rollout_truncated": (ratio > rollout.correction_cap)[mask].sum(dtype=torch.float64),
-              "rollout_max": (ratio * mask).max()}
+    of_tokens = {"entropy": entropy, "rollout_diff": (old - sampled).abs(),
+                 "rollout_kl": kl_penalty(sampled, old, "k3"), "rollout_truncated": ratio > rollout.correction_cap}
     if actor.entropy_coeff:
         loss = loss - actor.entropy_coeff * entropy
     if actor.use_kl_loss:
-        kl = kl_penalty(logprobs, batch["ref_logprobs"], actor.kl_loss_type)
-        stats["ref_kl"] = kl.detach()[mask].sum(dtype=torch.float64)
-        loss = loss + actor.kl_loss_coef * kl
+        of_tokens["ref_kl"] = kl_penalty(logprobs, batch["ref_logprobs"], actor.kl_loss_type)
+        loss = loss + actor.kl_loss_coef * of_tokens["ref_kl"]
+    stats |= {name: torch.where(mask, value.detach(), 0).sum(dtype=torch.float64) for name, value in of_tokens.items()}
+    stats["rollout_max"] = (ratio * mask).max()
     total = aggregate(loss, mask, actor.loss_agg_mode, num_tokens, num_seqs)
     return total, {"loss": total.detach().double(), **stats}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import run
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -96,7 +98,7 @@ def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
     ("return float('nan')", "the reward function returned nan"),
 ])
 def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path, body, message):
-    with pytest.raises(SystemExit, match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response 0 \(.*\): {message}"):
+    with pytest.raises(SystemExit, match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response \(.*\): {message}"):
         start(write_reward(tmp_path, body))
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/last_good_model").exists()
     start("total_training_steps=1")  # so the same directory is free once the mistake is mended
@@ -109,10 +111,11 @@ def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
         start()
 
 
-def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path):
+def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path, monkeypatch):
     """The reward breaks at a certain step; metrics so far and the policy as it was are on disk."""
     body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
             "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
+    monkeypatch.setattr(run, "cores_of_each", lambda accelerator: 1)  # it counts
     with pytest.raises(SystemExit, match=r"step 2, prompt .*enough at mine.py:4. The policy as it was is in .*last_good_model"):
         start(write_reward(tmp_path, body))
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dapo
 from losses import aggregate, policy_loss, response_logprobs
-from reward import Score
+from reward import TIMED_OUT, Score
 from rollout import Response
 from run import load_model
 from sampling import Group, Prompt, Sample, collate
@@ -103,6 +104,32 @@ def test_padding_changes_no_logprob(make_run):
         assert torch.allclose(row, alone, atol=1e-9) and len(row) == len(sample.response_ids)
 
 
+def test_responses_without_a_verdict_are_counted(make_run):
+    run, prompts = make_run("total_training_steps=1")
+    hang = replace(run, judge=lambda tasks: [TIMED_OUT if i % 3 == 0 else score for i, score in enumerate(run.judge(tasks))])
+    ((metrics, _, _),) = train(hang, prompts, Counter())
+    assert metrics["reward/timeouts"] == sum(-(-size // 3) for size in [24] * metrics["gen_batches"])
+    assert metrics["groups/trained"] == 4
+
+
+# ---- time ----
+
+def test_the_phases_add_up_to_the_time_of_a_step(make_run):
+    """To within 2%, by another clock; what is in no phase is `other`, and next to nothing."""
+    run, prompts = make_run("total_training_steps=4", "data.train_batch_size=16", "actor.ppo_mini_batch_size=32")
+    steps, seconds = train(run, prompts, Counter()), []
+    rows = []
+    for _ in range(4):
+        start = time.perf_counter()
+        rows.append(next(steps)[0])
+        seconds.append(time.perf_counter() - start)
+    phases = {name for name in rows[0] if name.startswith("time/")} - {"time/step"}
+    assert phases == {f"time/{name}" for name in ("generate", "reward", "logprobs", "update", "sync", "other")}
+    for row, wall in zip(rows[1:], seconds[1:], strict=True):
+        assert sum(row[name] for name in phases) == pytest.approx(row["time/step"]) and row["time/step"] == pytest.approx(wall, rel=0.02)
+    assert sum(row["time/other"] for row in rows[1:]) < 0.02 * sum(seconds[1:])
+
+
 # ---- the update ----
 
 def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_run):
@@ -114,6 +141,26 @@ def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_run):
     assert stats["actor/ratio"] == 1 and stats["actor/clip_up"] == stats["actor/clip_down"] == stats["actor/kl"] == 0
     assert stats["updates"] == 1
     assert calls == [True] * len(train_dapo.micro_batches(samples, 300, packed=True))  # gradient passes only
+
+
+def test_nothing_in_a_micro_batch_waits_for_the_device(make_run):
+    """No number is read back from a tensor, and no shape depends on one: on a GPU either would stop the queue."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    run, prompts = make_run("actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "actor.clip_ratio_c=3", "rollout.correction=token")
+    samples = make_mini(run, prompts)
+    samples = [replace(sample, ref_logprobs=sample.old_logprobs) for sample in samples]
+    batch, seen = train_dapo.make_batch(run, samples, [0, 1, 2, 3]), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            by_mask = "index.Tensor" in str(function) and any(index is not None and index.dtype == torch.bool for index in args[1])
+            seen.append("masked_select" if by_mask else str(function))
+            return function(*args, **(kwargs or {}))
+    with Watch():
+        loss, _ = train_dapo.micro_batch_loss(run.config, run.policy, batch, False, 100, 4)
+        loss.backward()
+    assert len(seen) > 100
+    assert not [name for name in seen if any(bad in name for bad in ("_local_scalar_dense", "nonzero", "masked_select", "unique"))]
 
 
 def count_calls(run):
