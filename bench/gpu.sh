@@ -23,6 +23,9 @@ train() {  # a name, launcher options, --, overrides
   shift
   check "$name" accelerate launch "${options[@]}" train_dapo.py --config config.yaml "$@"
 }
+for bench in logprob_memory update_vs_bare rollout_vs_generate waste scaling; do
+  check "$bench" python3 "bench/$bench.py"
+done
 small="val.max_prompts=50 actor.max_tokens_per_micro_batch=8192"
 check memory python3 bench/memory.py
 train plain --num_processes 1 -- run_dir="$scratch/plain" total_training_steps=10 save_every=5 $small
