@@ -2,7 +2,8 @@
 
 Where flash attention is installed, its kernels take such a row as it is. Elsewhere `sdpa` does here: all else in a
 model works on single tokens and has no padding, and attention takes the row apart, into blocks of sequences of about
-the same length. Only for models all of whose layers are plainly causal; others train on padded rows.
+the same length. Only for models all of whose layers are plainly causal attention; others train on padded rows, and
+so does one that was taken for such, when its log-probs are not those of the sampler (`train_dapo.check_sync`).
 """
 
 from collections.abc import Sequence
@@ -33,28 +34,35 @@ class Block(NamedTuple):
 
 def let_pack(model: PreTrainedModel) -> None:
     """Have the model attend in blocks when it is asked to, where it can; else as before, with torch's attention."""
-    layers, plain = set(getattr(model.config, "layer_types", None) or ()), {"full_attention"}
-    if (model.config._attn_implementation == "sdpa" and model._supports_attention_backend and layers <= plain
-            and not getattr(model.config, "sliding_window", None)):
+    config = model.config.get_text_config(decoder=True)
+    plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not model._is_stateful
+             and not getattr(config, "sliding_window", None))
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend and plain:
         model.set_attn_implementation(IN_BLOCKS)
+
+
+def stop_packing(model: PreTrainedModel) -> None:
+    """Have it train on padded rows after all."""
+    model.set_attn_implementation("sdpa")
 
 
 def packing(model: torch.nn.Module) -> str:
     """What kind of a packed row the model takes: `blocks`, `flash`, or none ("")."""
-    attention = getattr(model, "module", model).config._attn_implementation
-    return "blocks" if attention == IN_BLOCKS else "flash" if "flash" in attention else ""
+    model = getattr(model, "module", model)
+    attention = model.config._attn_implementation
+    return "blocks" if attention == IN_BLOCKS else "flash" if "flash" in attention and not model._is_stateful else ""
 
 
 def pack_arguments(lengths: Sequence[int], packing: str, device: torch.device | str = "cpu") -> dict:
     """What a model is told of a row of sequences that have these lengths."""
     arguments = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device)}
-    if packing == "blocks":  # a mask of four dimensions is handed on, and none is made
+    if packing == "blocks":  # transformers makes no mask where it gets one of four dimensions; `attend` uses neither
         arguments |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device), "blocks": make_blocks(lengths, device)}
     return arguments
 
 
 def make_blocks(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Block]:
-    """The blocks of a row of sequences that have these lengths, longest first."""
+    """The blocks of a row of sequences that have these lengths: few and full where the longest come first."""
     rows, blocks = [], []
     for i, length in enumerate(lengths):
         rows.append(length)

@@ -150,7 +150,7 @@ def parse_value(place: str, text: str, rule: str) -> bool | int | float | str:
     for option in rule.split(" | "):
         kind, *bounds = option.split()
         try:
-            if text == option or (kind == "str" and isinstance(text, str)):
+            if kind == "str" and isinstance(text, str):
                 return text
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
@@ -159,6 +159,8 @@ def parse_value(place: str, text: str, rule: str) -> bool | int | float | str:
                 limits = zip(bounds[::2], map(float, bounds[1::2]), strict=True)
                 if math.isfinite(value) and all(COMPARE[sign](value, limit) for sign, limit in limits):
                     return value
+            elif text == option:
+                return text
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
     rule = "true | false" if rule == "bool" else rule
@@ -185,8 +187,8 @@ def check_config(config: SimpleNamespace) -> None:
         divisors = [d for d in range(1, responses + 1) if responses % d == 0]
         raise ValueError(f"actor.ppo_mini_batch_size={mini} does not divide the {responses} responses of a step "
                          f"(data.train_batch_size * rollout.n): {min(divisors, key=lambda d: abs(d - mini))} would")
-    most = config.filter_groups.max_num_gen_batches * (0 if config.data.gen_batch_size == "auto" else
-                                                       config.data.gen_batch_size)
+    given = 0 if config.data.gen_batch_size == "auto" else config.data.gen_batch_size
+    most = config.filter_groups.max_num_gen_batches * given
     if config.filter_groups.enable and 0 < most < config.data.train_batch_size:
         raise ValueError(f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never fill "
                          f"data.train_batch_size={config.data.train_batch_size}: raise one of the two")

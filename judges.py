@@ -9,21 +9,22 @@ bounded and takes microseconds.
 import ctypes
 import os
 import pickle
-import resource
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Semaphore
 
 from reward import TIMED_OUT, Score, judge, load_verifier
 
-MEMORY = 4 * 2**30  # bytes of address space, a worker
+MEMORY = 8 * 2**30  # bytes of address space, a worker
 START = 60.0  # seconds that a verifier's imports may take
-PATIENCE = 0.5  # seconds after which a task no longer counts as one of those that run: the others go on
-MOST = 64  # workers, those that hang included
+PATIENCE = 0.5  # seconds after which a task no longer counts as one of those that run: the next may start
+CROWD = 4  # times as many may be under way in all: each then has a quarter of the time that it would have alone
+NOTHING, GONE = object(), object()  # a worker says nothing yet; or never will
 
 Task = tuple[str, str, dict]  # response, ground truth, row
 Judge = Callable[[Sequence[Task]], list[Score | str]]  # verdicts, or why the verifier failed
@@ -38,68 +39,80 @@ def make_judge(name: str, workers: int, timeout: float) -> Judge:
         return lambda tasks: [judge(verifier, *task) for task in tasks]
     slots, idle = Semaphore(workers), [start_worker(name)]  # a first one, to see that it loads
 
-    def one(task: Task) -> Score | str:
+    def judge_one(task: Task, fresh: bool = False) -> Score | str:
         with slots:
             try:
-                worker = idle.pop()
+                worker = start_worker(name) if fresh else idle.pop()
             except IndexError:  # all are at work
-                worker = start_worker(name)
+                worker, fresh = start_worker(name), True
             answer = ask(worker, task, min(PATIENCE, timeout))
-        if answer is None:  # the next may have its place; and it the rest of its time
+        if answer is NOTHING:
             answer = receive(worker, timeout - PATIENCE)
-        if answer is None:
-            stop(worker)
-            return TIMED_OUT
-        idle.append(worker)
-        return answer
-    threads = ThreadPoolExecutor(MOST)  # for good: a worker ends with the thread that started it
-    return lambda tasks: list(threads.map(one, tasks))
+        if answer not in (NOTHING, GONE):
+            idle.append(worker)
+            return answer
+        stop(worker)
+        return TIMED_OUT if answer is NOTHING or fresh else judge_one(task, fresh=True)  # an old one died: of this?
+    threads = ThreadPoolExecutor(CROWD * workers)  # for good, since Linux ends a worker with the thread that started it
+    return lambda tasks: list(threads.map(judge_one, tasks))
 
 
 def start_worker(name: str) -> subprocess.Popen:
     """A process that has loaded the verifier. Raises ValueError where it cannot."""
     worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              start_new_session=True)  # Ctrl-C is not for it
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # Ctrl-C is not for it
     failure = ask(worker, name, START)
     if failure != "":
         stop(worker)
-        raise ValueError(failure or f"reward.name: {name} did not load within {START:.0f} s, or died")
+        raise ValueError(failure if isinstance(failure, str) else
+                         f"reward.name: {name} did not load within {START:.0f} s, or died (see above); it has "
+                         f"{MEMORY // 2**30} GiB of address space")
     return worker
 
 
 def ask(worker: subprocess.Popen, question, seconds: float):
-    """Its answer; None where it has none yet, or is gone."""
+    """Its answer, or `NOTHING`, or `GONE`."""
     try:
         pickle.dump(question, worker.stdin)
         worker.stdin.flush()
     except BrokenPipeError:
-        return None
+        return GONE
     return receive(worker, seconds)
 
 
 def receive(worker: subprocess.Popen, seconds: float):
-    """What it says within so many seconds; None where it says nothing, or is gone."""
-    if seconds <= 0 or not select.select([worker.stdout], [], [], seconds)[0]:
-        return None
+    """What it says within so many seconds, or `NOTHING`, or `GONE`."""
+    poll = select.poll()
+    poll.register(worker.stdout, select.POLLIN)
+    if seconds <= 0 or not poll.poll(1000 * seconds):
+        return NOTHING
     try:
         return pickle.load(worker.stdout)
     except (EOFError, pickle.UnpicklingError):
-        return None
+        return GONE
 
 
 def stop(worker: subprocess.Popen) -> None:
-    """Whatever it is doing."""
-    worker.kill()
-    worker.communicate()
+    """Whatever it is doing, and whatever it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    with suppress(BrokenPipeError):  # of what it was still to read
+        worker.stdin.close()
+    worker.stdout.close()
+    worker.wait()
 
 
 def work() -> None:
-    """The life of a worker: load a verifier, then judge until stdin ends."""
+    """The life of a worker: load a verifier, then judge until stdin ends, or memory does."""
+    import resource
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a trainer that was killed
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a verifier prints is no verdict
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a verifier reads is no question
+    os.dup2(2, 1)  # and what it prints no verdict
 
     def say(answer) -> None:
         pickle.dump(answer, answers)
@@ -107,18 +120,18 @@ def work() -> None:
     try:
         verifier = load_verifier(pickle.load(questions))
         say("")
+        while True:
+            task = pickle.load(questions)
+            try:
+                say(judge(verifier, *task))
+            except ValueError as error:
+                if isinstance(error.__cause__, MemoryError):
+                    return
+                say(str(error))
     except ValueError as error:
         say(str(error))
+    except EOFError:
         return
-    while True:
-        try:
-            task = pickle.load(questions)
-        except EOFError:
-            return
-        try:
-            say(judge(verifier, *task))
-        except ValueError as error:
-            say(TIMED_OUT if isinstance(error.__cause__, MemoryError) else str(error))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Score:
     pred: str = ""
 
 
-TIMED_OUT = Score(0.0, -1.0, "(no verdict: the verifier took too long, or too much memory)")
+TIMED_OUT = Score(0.0, -1.0, "(no verdict: the verifier took too long, or too much memory, or died)")
 
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,

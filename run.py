@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -101,9 +102,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
 
 
 def cores_of_each(accelerator: Accelerator) -> int:
-    """How many cores a process has, if all of them are on this machine."""
+    """How many of the machine's cores a process has for itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // accelerator.num_processes)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
 
 
 def load(auto_class, path: str, **how):
@@ -163,7 +164,7 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, devic
     """A model like the policy, in the type that passes are computed in, whose weights `sync_weights` is to set."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else policy.dtype
     with device:
-        copy = AutoModelForCausalLM.from_config(policy.config, dtype=dtype,
+        copy = AutoModelForCausalLM.from_config(deepcopy(policy.config), dtype=dtype,
                                                 attn_implementation=config.model.attn_implementation)
     learned = policy.state_dict().keys()
     for name, buffer in policy.named_buffers():

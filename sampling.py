@@ -200,16 +200,16 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
                   packed: bool = False) -> list[list[int]]:
     """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens (or of one sample).
 
-    The longest first, to whichever rank has the fewest tokens yet; or, `packed`, to whichever of the fewest possible
-    batches. Else padding counts, and batches are of about the same length, so that there is little. Every rank
-    gets as many batches as the others, since collectives need them all; what it lacks is empty.
+    The longest first, to whichever rank has the fewest tokens yet; or, `packed`, to whichever batch has, of as few
+    as will do. Not packed, padding counts, and the samples of a batch are of about the same length. Every rank gets as
+    many batches as the others, since collectives need them all; what it lacks is empty.
     """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
     lengths = [len(samples[i]) for i in order]
     if packed:
         parts = _deal(lengths, world * -(-sum(lengths) // (world * max_tokens)))
-        while any(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts):
-            parts = _deal(lengths, len(parts) + world)
+        while over := sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts):
+            parts = _deal(lengths, len(parts) + -(-over // world) * world)
         return [[order[at] for at in part] for part in parts[rank::world]]
     batches = [_fill([order[at] for at in part], samples, max_tokens) for part in _deal(lengths, world)]
     return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]

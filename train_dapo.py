@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import PicklingError
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from attention import packing
+from attention import packing, stop_packing
 from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
                         read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
 from config import flatten, one_line_errors, read_command_line
@@ -284,28 +285,39 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
     return total, {"loss": total.detach().double(), **stats}
 
 
+def rounding_limit(config: SimpleNamespace) -> float:
+    """By how much log-probs of the same tokens may differ, in the mean, between two ways to compute them."""
+    return 1e-3 if (config.mixed_precision, config.model.dtype) == ("no", "float32") else 0.1
+
+
 def check_agreement(run: Run, step: int, difference: float) -> None:
     """Raise SystemExit where sampler and trainer differ by more than rounding: the weights did not get there."""
-    config = run.config
-    limit = 1e-3 if (config.mixed_precision, config.model.dtype) == ("no", "float32") else 0.1
-    if run.engine.apart and config.rollout.top_p == 1 and difference > limit:
+    limit = rounding_limit(run.config)
+    if run.engine.apart and run.config.rollout.top_p == 1 and difference > limit:
         raise SystemExit(f"error: step {step}: the log-probs of sampler and trainer differ by {difference:.4f} in the "
                          f"mean, where rounding explains {limit}: the engine does not have the policy's weights")
 
 
 def check_sync(run: Run, prompts: list[Prompt]) -> None:
-    """Before anything is trained: does the engine have the policy's weights? Raises SystemExit."""
+    """Before anything is trained: do sampler and trainer agree? If not by packed rows, then by padded ones; if not by
+    those either, raises SystemExit."""
     config, some = run.config, [prompt.token_ids for prompt in prompts[:4]]
-    if run.engine.apart:
-        with together(run.accelerator, "rollout"):
-            groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(
-                16, config.data.max_response_length), config.rollout.temperature, 1.0, "")
-        everyones = [unpack(packed, 2) for packed in gather_object([pack(groups)])]
-        samples = [Sample(ids, response.token_ids, 0.0, rollout_logprobs=torch.from_numpy(response.logprobs))
-                   for groups in everyones for ids, group in zip(some, groups, strict=True) for response in group]
-        differences = torch.cat([(mine - sample.rollout_logprobs).abs() for mine, sample in
-                                 zip(logprobs_of(run, run.policy, samples), samples, strict=True)])
-        check_agreement(run, 0, differences.mean().item())
+    with together(run.accelerator, "rollout"):
+        groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(
+            16, config.data.max_response_length), config.rollout.temperature, 1.0, "")
+    everyones = [unpack(packed, 2) for packed in gather_object([pack(groups)])]
+    samples = [Sample(ids, response.token_ids, 0.0, rollout_logprobs=torch.from_numpy(response.logprobs))
+               for groups in everyones for ids, group in zip(some, groups, strict=True) for response in group]
+
+    def difference() -> float:
+        return torch.cat([(mine - sample.rollout_logprobs).abs() for mine, sample in
+                          zip(logprobs_of(run, run.policy, samples), samples, strict=True)]).mean().item()
+    if packing(run.policy) == "blocks" and difference() > rounding_limit(config):
+        for model in filter(None, (run.policy, run.reference)):
+            stop_packing(run.accelerator.unwrap_model(model))
+        if not difference() > rounding_limit(config):
+            run.accelerator.print("packed rows are not for this model: it trains on padded ones")
+    check_agreement(run, 0, difference())
 
 
 # ---- what the processes share ---------------------------------------------------------------------------
@@ -330,7 +342,7 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
         except (OSError, ValueError) as error:  # a server's; all processes are to end
             failure = str(error)
     with timer("reward"):
-        if not failure:
+        if not failure and run.accelerator.process_index % size == 0:
             scores, failure = judge_all(run.judge, prompts, responses)
         results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
@@ -349,8 +361,8 @@ def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[l
     pairs = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
     try:
         verdicts = judge([(response.text, prompt.answer, prompt.row) for prompt, response in pairs])
-    except ValueError as error:  # it used to load
-        return [], str(error)
+    except (ValueError, OSError, TypeError, PicklingError) as error:  # no worker, or a row that cannot travel
+        return [], f"reward.name: {error}"
     for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
         if isinstance(verdict, str):
             return [], f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"

@@ -1,6 +1,8 @@
 """The README's first command from a fresh clone, and naive GRPO beside it, for seeds 0, 1 and 2.
 
-    python bench/embedded.py        about 20 minutes on 2 cores
+    python bench/embedded.py [--keep]       about 20 minutes on 2 cores
+
+`--keep` puts the pictures of seed 0 into docs/.
 
 Each seed gets a clone and a virtual environment of its own, with nothing cached by pip. Prints a table in
 Markdown, and exits with 1 where a goal is missed.

@@ -63,7 +63,7 @@ def main() -> None:
                 if any(part in command for part in args.only)]
     if args.list or not commands:
         sys.exit("\n".join(commands) or f"error: no command has {' or '.join(args.only)} in it: see --list")
-    verdicts = []
+    verdicts, where = [], circumstances()
     for command in tqdm(commands, desc="benchmarks"):
         try:
             printed, reached = measure(command)
@@ -73,7 +73,7 @@ def main() -> None:
         table, _, verdict = printed.rpartition("\n")
         verdict = f"{verdict}: {'reached' if reached else '**missed**'}."
         verdicts.append((reached, f"{command}\n    {verdict}"))
-        section = (f"```bash\n{command}\n```\n\n<!-- printed -->\n{table.strip()}\n\n{verdict}\n\n{circumstances()}\n"
+        section = (f"```bash\n{command}\n```\n\n<!-- printed -->\n{table.strip()}\n\n{verdict}\n\n{where}\n"
                    "<!-- end -->")
         page = PAGE.read_text(encoding="utf-8")
         (before,) = (match[0] for match in SECTION.finditer(page) if match[1] == command)

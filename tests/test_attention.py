@@ -3,10 +3,12 @@
 import json
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, MistralConfig
 
+import attention
 from attention import IN_BLOCKS, attend, let_pack, make_blocks, packing
 from rollout import generate
+from run import copy_without_weights
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0}
@@ -38,14 +40,17 @@ def test_sequences_of_any_order_attend_as_if_alone():
 
 
 def test_a_model_packs_only_where_all_layers_are_plainly_causal():
-    kinds = {"sdpa": "blocks", "eager": ""}
-    for attention, expected in kinds.items():
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation=attention)
+    for kind, expected in {"sdpa": "blocks", "eager": ""}.items():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation=kind)
         let_pack(model)
         assert packing(model) == expected
-    sliding = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=6), attn_implementation="sdpa")
-    let_pack(sliding)
-    assert packing(sliding) == ""
+    text = {**SIZES, "head_dim": 8, "sliding_window": 6}
+    within = Gemma3Config(text_config=text, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                                           "num_attention_heads": 2, "image_size": 28, "patch_size": 14})
+    for config in (MistralConfig(**SIZES, sliding_window=6), within):  # the latter's windows are in a config within
+        sliding = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        let_pack(sliding)
+        assert packing(sliding) == ""
 
 
 def test_what_it_writes_is_the_same_and_what_it_saves_does_not_name_it(tmp_path, tokenizer):
@@ -57,3 +62,19 @@ def test_what_it_writes_is_the_same_and_what_it_saves_does_not_name_it(tmp_path,
     assert before == after and packing(model) == "blocks"
     model.save_pretrained(tmp_path)
     assert IN_BLOCKS not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_a_model_whose_packed_rows_are_not_right_trains_on_padded_ones(start, monkeypatch, capsys):
+    wrong = []
+    monkeypatch.setattr(attention, "make_blocks", lambda lengths, device: wrong.append(1) or make_blocks([sum(lengths)], device))
+    run_dir = start("actor.use_kl_loss=true")  # all would see all before; of the reference too
+    assert "packed rows are not for this model: it trains on padded ones" in capsys.readouterr().out
+    assert len(wrong) == 1
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["actor/rollout_diff"] < 1e-5 for row in rows if "actor/loss" in row)
+
+
+def test_a_copy_that_writes_leaves_the_policy_packing(make_run):
+    run, _ = make_run()
+    copy = copy_without_weights(run.policy, run.config, run.accelerator.device)
+    assert (packing(run.policy), packing(copy)) == ("blocks", "")

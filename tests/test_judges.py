@@ -13,7 +13,7 @@ from judges import make_judge
 from reward import TIMED_OUT, Score
 
 VERIFIER = '''
-import os, re, time
+import os, re, subprocess, time
 def score(response, ground_truth, **row):
     print("not a verdict")
     if response == "hang":
@@ -21,7 +21,17 @@ def score(response, ground_truth, **row):
     if response == "die":
         os._exit(1)
     if response == "eat":
-        return len(bytearray(8 * 2**30))
+        return len(bytearray(16 * 2**30))
+    if response == "fork":
+        if os.fork() == 0:
+            time.sleep(100)
+        time.sleep(100)
+    if response == "cat":
+        subprocess.run(["cat"])
+    if response == "burn":
+        start = time.process_time()
+        while time.process_time() < start + 0.7:
+            pass
     if response == "fail":
         raise KeyError("x")
     if response == "sleep":
@@ -56,6 +66,27 @@ def test_scoring_is_parallel(name):
     start = time.perf_counter()
     judge([("sleep", "", {})] * 8)
     assert time.perf_counter() - start < 2.5  # of 4 s, one after the other
+
+
+def test_slow_verdicts_are_waited_for(name):
+    """Though all of them together take longer than the limit, and those under way slow each other."""
+    cores = len(os.sched_getaffinity(0))
+    assert make_judge(name, cores, 5.0)([("burn", "", {})] * 8 * cores) == [Score(0.0, 0.0)] * 8 * cores
+
+
+def test_what_a_verifier_reads_or_leaves_running_is_its_own_affair(name):
+    judge = make_judge(name, 1, 1.5)
+    start = time.perf_counter()
+    assert judge([(what, "1", {}) for what in ("cat", "1", "fork", "1")]) == [Score(0.0, 0.0), Score(1.0, 1.0), TIMED_OUT, Score(1.0, 1.0)]
+    assert time.perf_counter() - start < 8
+
+
+def test_a_worker_that_died_meanwhile_costs_no_response_its_verdict(name, monkeypatch):
+    started, start_worker = [], judges.start_worker
+    monkeypatch.setattr(judges, "start_worker", lambda name: started.append(start_worker(name)) or started[-1])
+    judge = make_judge(name, 1, 10.0)
+    started[0].kill()
+    assert judge([("1", "1", {})]) == [Score(1.0, 1.0)] and len(started) == 2
 
 
 @pytest.mark.parametrize("what", ["hang", "die", "eat"])

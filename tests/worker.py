@@ -20,6 +20,7 @@ os.chdir(ROOT)
 
 import run as run_module  # noqa: E402
 import train_dapo  # noqa: E402
+from attention import packing  # noqa: E402
 from checkpoint import load_checkpoint, save_checkpoint, what_is_wrong  # noqa: E402
 from config import load_config  # noqa: E402
 
@@ -78,7 +79,7 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
     copies = writer.state_dict()
     return {**results, "gradients": np.stack(gradients), "weights": weights,
             "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.accelerator.is_fsdp2
-            and run.engine.apart and writer is not policy,
+            and run.engine.apart and writer is not policy and packing(run.policy) == "blocks",
             "synced": all(np.array_equal(whole(copies[name]), whole(weight))
                           for name, weight in run_module.whole_weights(policy))}
 
