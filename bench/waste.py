@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +61,7 @@ def embedded(steps: int) -> tuple[float, float, float]:
     from config import load_config
     from run import set_up, sync_weights
     from train_dapo import train
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config = load_config("config.yaml", [f"run_dir={folder}/run", f"total_training_steps={steps}"])
         run, (prompts,) = set_up(config, (config.data.train_file, 0))
         sync_weights(run)

@@ -70,6 +70,26 @@ def test_the_readmes_figures_are_those_of_the_results_file():
                                for line in results.splitlines()), (seed, figures)
 
 
+def test_the_readmes_speeds_are_those_of_the_results_file():
+    results = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
+    speeds = README[README.index("## How fast"):README.index("## Your data")]
+    rows = re.findall(r"^\| .* \| \[`(\w+)\.py`\]\(bench/\1\.py\) \| (.*) \| [^|]* \|$", speeds, re.MULTILINE)
+    assert len(rows) == 6
+    for name, measured in rows:
+        printed = re.search(rf"bench/{name}\.py[^\n]*\n```\n\n<!-- printed -->(.*?)<!-- end -->", results, re.DOTALL).group(1)
+        verdict = re.search(r"^.*goal.*$", printed, re.MULTILINE).group(0)
+        for figure in re.findall(r"\d+\.\d+", measured):
+            assert figure in verdict, (name, figure)
+
+
+def test_every_benchmark_of_the_results_file_is_there():
+    from bench.run_all import PAGE, SECTION
+    commands = SECTION.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(commands) >= 8
+    for command in commands:
+        assert (ROOT / re.search(r"bench/\w+\.py", command).group(0)).exists()
+
+
 @pytest.mark.parametrize("word", ["pypi", "download.pytorch", "/work/", "TODO", "FIXME"])
 def test_nothing_of_the_workshop_is_left(word):
     for path in [*ROOT.glob("*.*"), *ROOT.glob("configs/*"), *ROOT.glob("bench/*"), ROOT / ".ci/run"]:

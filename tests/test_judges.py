@@ -105,7 +105,7 @@ def test_what_hangs_dies_or_eats_memory_is_wrong_and_the_rest_is_judged(name, wh
 
 def test_a_failure_is_told(name):
     (verdict,) = make_judge(name, 1, 10.0)([("fail", "", {})])
-    assert verdict == "the reward function raised KeyError: 'x' at mine.py:12"
+    assert verdict.startswith("the reward function raised KeyError: 'x' at mine.py:")
 
 
 def test_one_that_does_not_load_is_an_error_at_once(tmp_path):
