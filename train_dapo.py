@@ -362,7 +362,7 @@ def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[l
     try:
         verdicts = judge([(response.text, prompt.answer, prompt.row) for prompt, response in pairs])
     except (ValueError, OSError, TypeError, PicklingError) as error:  # no worker, or a row that cannot travel
-        return [], f"reward.name: {error}"
+        return [], str(error)
     for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
         if isinstance(verdict, str):
             return [], f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
