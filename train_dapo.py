@@ -312,12 +312,14 @@ def check_sync(run: Run, prompts: list[Prompt]) -> None:
     def difference() -> float:
         return torch.cat([(mine - sample.rollout_logprobs).abs() for mine, sample in
                           zip(logprobs_of(run, run.policy, samples), samples, strict=True)]).mean().item()
-    if packing(run.policy) == "blocks" and difference() > rounding_limit(config):
+    found, gave_up = difference(), False
+    if packing(run.policy) == "blocks" and found > rounding_limit(config):
         for model in filter(None, (run.policy, run.reference)):
             stop_packing(run.accelerator.unwrap_model(model))
-        if not difference() > rounding_limit(config):
-            run.accelerator.print("packed rows are not for this model: it trains on padded ones")
-    check_agreement(run, 0, difference())
+        found, gave_up = difference(), True
+    check_agreement(run, 0, found)
+    if gave_up:
+        run.accelerator.print("packed rows are not for this model: it trains on padded ones")
 
 
 # ---- what the processes share ---------------------------------------------------------------------------
