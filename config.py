@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,18 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
+
+
+def printable(text) -> str:
+    """`text` without what could steer a terminal, or break its line: such characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@lru_cache
+def listed(text: str) -> list[str]:
+    """The parts of a value that commas separate."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def read_command_line(description: str) -> SimpleNamespace:
@@ -192,6 +204,20 @@ def check_config(config: SimpleNamespace) -> None:
     if config.filter_groups.enable and 0 < most < config.data.train_batch_size:
         raise ValueError(f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never fill "
                          f"data.train_batch_size={config.data.train_batch_size}: raise one of the two")
+    weights, files = listed(config.data.train_weights), listed(config.data.train_file)
+    if weights and (len(weights) != len(files) or not all(re.fullmatch("0*[1-9][0-9]{0,3}", w) for w in weights)):
+        raise ValueError(f"data.train_weights={config.data.train_weights!r}: a whole number from 1 to 9999 for each of "
+                         f"the {len(files)} of data.train_file is expected, separated by commas")
+    if not files:
+        raise ValueError("data.train_file names no file")
+    names = listed(config.reward.name)
+    try:
+        complete = len([float(weight) for weight in listed(config.reward.weights)]) == len(names) > 0
+    except ValueError:
+        complete = False
+    if not complete:
+        raise ValueError(f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
+                         "reward.name is expected, separated by commas")
     if "{prompt}" not in config.data.prompt_template:
         raise ValueError("data.prompt_template has no {prompt}: every prompt would be the same")
     try:

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reward import Score
+from config import printable
+from data import Prompt
+from reward import Score, mean_columns
 from rollout import Response
-from sampling import Prompt
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Evaluation:
     examples: list[str]
 
 
+Evaluations = dict[str, dict[str, Evaluation]]  # of each set: before, after
+
 def majority_is_right(scores: Sequence[Score]) -> float:
     """Whether the most frequent answer (the first of equals) is right; responses without an answer do not vote."""
     votes = Counter(score.pred for score in scores if score.pred)
@@ -33,13 +36,15 @@ def majority_is_right(scores: Sequence[Score]) -> float:
 
 
 def summarise(responses: Sequence[Sequence[Response]], scores: Sequence[Sequence[Score]]) -> dict[str, float]:
-    """avg@k (mean accuracy), pass@k (any of k right), maj@k (the most frequent answer right), mean length in tokens."""
+    """avg@k (mean accuracy), pass@k (any of k right), maj@k (the most frequent answer right), mean length in tokens,
+    and the means of a verifier's own columns."""
     k, prompts = len(scores[0]), len(scores)
     figures = {f"avg@{k}": sum(score.acc for row in scores for score in row) / (k * prompts),
                f"pass@{k}": sum(max(score.acc for score in row) for row in scores) / prompts}
     if any(score.pred for row in scores for score in row):  # not every verifier reads an answer
         figures[f"maj@{k}"] = sum(majority_is_right(row) for row in scores) / prompts
-    return figures | {"response_length": sum(len(r.token_ids) for row in responses for r in row) / (k * prompts)}
+    length = sum(len(r.token_ids) for row in responses for r in row) / (k * prompts)
+    return figures | {"response_length": length} | mean_columns([score for row in scores for score in row])
 
 
 def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
@@ -55,19 +60,25 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
                       [response.text for response in responses[0]])
 
 
+def format_tables(evaluations: Evaluations) -> str:
+    """A table for each set, under its name where there are several."""
+    return "\n\n".join(f"{printable(name)}\n" * (len(evaluations) > 1) + format_table(of_set)
+                       for name, of_set in evaluations.items())
+
+
 def format_table(evaluations: dict[str, Evaluation]) -> str:
     """A table with a row for each level and a block of columns for each evaluation, under its name."""
     first = next(iter(evaluations.values()))
-    names = [name.replace("response_length", "length") for name in first.metrics]
-    heads = "".join(f"{name:>8}" for name in names)
+    names = [name for name in first.metrics if "/" not in name]
+    heads = "".join(f"{name.replace('response_length', 'length'):>8}" for name in names)
     lines = [" " * 12 + "".join(f"    {title:<{len(heads)}}" for title in evaluations).rstrip(),
              " " * 12 + "".join(f"    {heads}" for _ in evaluations)]
     for level in [*first.by_level, "all"]:
-        lines.append(f"{level:<12}")
+        lines.append(f"{printable(level):<12}")
         for evaluation in evaluations.values():
             figures = evaluation.by_level.get(level, evaluation.metrics)
             lines[-1] += "    " + "".join(f"{figures.get(name, 0.0):>8.{1 if name == 'response_length' else 3}f}"
-                                          for name in first.metrics)
+                                          for name in names)
     return "\n".join(lines)
 
 
@@ -80,11 +91,11 @@ def main() -> None:
     if not config.val.file:
         raise SystemExit("error: val.file names no data to evaluate on")
     config.run_dir += "/evaluate"  # where servers find the weights: not those of a run that goes on
-    run, (prompts,) = set_up(config, (config.val.file, config.val.max_prompts))
+    run, data = set_up(config, training=False)
     try:
         with one_line_errors():
             sync_weights(run)
-        print(format_table({config.model.path: validate(run, prompts)}))
+        print(format_tables({name: {config.model.path: validate(run, prompts)} for name, prompts in data.val.items()}))
     finally:
         run.engine.close()
 

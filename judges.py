@@ -1,9 +1,9 @@
 """Who calls the verifier? One of your own runs in processes beside the trainer: several at a time, each with a limit
 to its time and memory, so that no text can hang or end a run.
 
-Such a worker is this file, run as a script: pickled tasks come in at its stdin, verdicts go out at its stdout. It
-imports neither torch nor the trainer, and starts in a fraction of a second. `math` needs none of this: its work is
-bounded and takes microseconds.
+A nursery is this file, run as a script: it loads the verifier, judges nothing itself, and forks a worker whenever it
+is asked for one, in milliseconds. A worker gets its tasks and gives its verdicts through a socket that came with the
+order. Nothing of this imports torch or the trainer.
 """
 
 import ctypes
@@ -11,129 +11,223 @@ import os
 import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Semaphore
+from dataclasses import dataclass
+from itertools import islice
+from threading import Lock, Semaphore
 
-from reward import TIMED_OUT, Score, judge, load_verifier
+from reward import TIMED_OUT, Score, is_batched, judge, load_verifier, weigh
 
+QUICK = ("math", "math_strict_box", "toy")  # bounded work, of microseconds: they need no process of their own
 MEMORY = 8 * 2**30  # bytes of address space, a worker
 START = 60.0  # seconds that a verifier's imports may take
-PATIENCE = 0.5  # seconds after which a task no longer counts as one of those that run: the next may start
+PATIENCE = 0.2  # seconds after which a call gives way: it no longer counts as one that runs, so the next may start
+GIVE_WAY = 10  # and its process gets this niceness, about a tenth of another's share of a core
 CROWD = 4  # times as many may be under way in all: each then has a quarter of the time that it would have alone
-NOTHING, GONE = object(), object()  # a worker says nothing yet; or never will
+NOTHING, GONE = object(), object()  # a process says nothing yet; or never will
 
-Task = tuple[str, str, dict]  # response, ground truth, row
-Judge = Callable[[Sequence[Task]], list[Score | str]]  # verdicts, or why the verifier failed
+Task = tuple[list[str], str, dict]  # responses to a prompt, its ground truth, its row
+Verdicts = list[Score] | str  # or why the verifier failed
+Judge = Callable[[Sequence[Task]], list[list[Score | str]]]
 
 
-def make_judge(name: str, workers: int, timeout: float) -> Judge:
-    """What judges with the verifier `name`, in `workers` processes at a time with `timeout` seconds for each response;
-    one that takes longer, or more than `MEMORY`, scores `TIMED_OUT`. Raises ValueError where it does not load.
+def make_judge(names: Sequence[str], weights: Sequence[float], workers: int, timeout: float) -> Judge:
+    """What judges with all of these verifiers, as `reward.weigh` has it. The rest is as in `make_single_judge`."""
+    judges = {name.rpartition(":")[2]: make_single_judge(name, workers, timeout) for name in names}
+    if len(judges) < len(names):
+        raise ValueError(f"reward.name: two of {', '.join(names)} have the same name, and so would their metrics")
+    if list(weights) == [1.0]:
+        return judges.popitem()[1]
+
+    def weigh_one(verdicts: tuple[Score | str, ...]) -> Score | str:
+        failures = [verdict for verdict in verdicts if isinstance(verdict, str)]
+        return failures[0] if failures else weigh(dict(zip(judges, verdicts, strict=True)), weights)
+
+    def judge_all(tasks: Sequence[Task]) -> list[list[Score | str]]:
+        by_judge = [single(tasks) for single in judges.values()]
+        return [[weigh_one(verdicts) for verdicts in zip(*group, strict=True)] for group in zip(*by_judge, strict=True)]
+    return judge_all
+
+
+def make_single_judge(name: str, workers: int, timeout: float) -> Judge:
+    """What judges with the verifier `name`, in `workers` processes at a time with `timeout` seconds for each call (of
+    one response, or all to a prompt, as the verifier takes them); what takes longer, or more than `MEMORY`, scores
+    `TIMED_OUT`. Raises ValueError where the verifier does not load.
     """
-    if name == "math":
+    if name in QUICK:
         verifier = load_verifier(name)
         return lambda tasks: [judge(verifier, *task) for task in tasks]
-    slots, idle = Semaphore(workers), [start_worker(name)]  # a first one, to see that it loads
+    nursery, slots, idle = start_nursery(name), Semaphore(workers), []
 
-    def judge_one(task: Task, fresh: bool = False) -> Score | str:
+    def judge_one(task: Task, fresh: bool = False) -> Verdicts:
         with slots:
             try:
-                worker = start_worker(name) if fresh else idle.pop()
+                worker = start_worker(nursery) if fresh else idle.pop()
             except IndexError:  # all are at work
-                worker, fresh = start_worker(name), True
-            answer = ask(worker, task, min(PATIENCE, timeout))
-        if answer is NOTHING:
-            answer = receive(worker, timeout - PATIENCE)
-        if answer not in (NOTHING, GONE):
+                worker, fresh = start_worker(nursery), True
+            say(worker.socket, task)
+            answer = hear(worker.socket, min(PATIENCE, timeout))
+        if answer is not NOTHING and answer is not GONE:
             idle.append(worker)
             return answer
-        stop(worker)
-        return TIMED_OUT if answer is NOTHING or fresh else judge_one(task, fresh=True)  # an old one died: of this?
-    threads = ThreadPoolExecutor(CROWD * workers)  # for good, since Linux ends a worker with the thread that started it
-    return lambda tasks: list(threads.map(judge_one, tasks))
+        if answer is NOTHING:
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PGRP, worker.pid, GIVE_WAY)
+            answer = hear(worker.socket, timeout - PATIENCE)
+        stop(nursery, worker)  # also where it was but slow: niceness is for good
+        if answer is NOTHING or (answer is GONE and fresh):
+            return [TIMED_OUT] * len(task[0])
+        return judge_one(task, fresh=True) if answer is GONE else answer  # an old one died: of this?
+    threads = ThreadPoolExecutor(CROWD * workers)
+
+    def judge_all(tasks: Sequence[Task]) -> list[list[Score | str]]:
+        calls = tasks if nursery.batched else [
+            ([response], *rest) for responses, *rest in tasks for response in responses]
+        verdicts = (verdict for call, answer in zip(calls, threads.map(judge_one, calls), strict=True)
+                    for verdict in ([answer] * len(call[0]) if isinstance(answer, str) else answer))
+        return [list(islice(verdicts, len(responses))) for responses, *_ in tasks]
+    return judge_all
 
 
-def start_worker(name: str) -> subprocess.Popen:
-    """A process that has loaded the verifier. Raises ValueError where it cannot."""
-    worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # Ctrl-C is not for it
-    failure = ask(worker, name, START)
-    if failure != "":
-        stop(worker)
-        raise ValueError(failure if isinstance(failure, str) else
+# ---- the trainer's side -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Nursery:
+    """A process that has loaded a verifier; whether that is batched; one thread at a time may give it orders."""
+    process: subprocess.Popen
+    socket: socket.socket
+    batched: bool
+    lock: Lock
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that judges; it leads a process group, with all that it starts."""
+    pid: int
+    socket: socket.socket
+
+
+def start_nursery(name: str) -> Nursery:
+    """A nursery for this verifier. Raises ValueError where that does not load."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                               stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               start_new_session=True)  # Ctrl-C is not for it
+    theirs.close()
+    say(ours, name)
+    batched = hear(ours, START)
+    if not isinstance(batched, bool):
+        process.kill()
+        process.wait()
+        raise ValueError(batched if isinstance(batched, str) else
                          f"reward.name: {name} did not load within {START:.0f} s, or died (see above); it has "
                          f"{MEMORY // 2**30} GiB of address space")
-    return worker
+    return Nursery(process, ours, batched, Lock())
 
 
-def ask(worker: subprocess.Popen, question, seconds: float):
-    """Its answer, or `NOTHING`, or `GONE`."""
-    try:
-        pickle.dump(question, worker.stdin)
-        worker.stdin.flush()
-    except BrokenPipeError:
-        return GONE
-    return receive(worker, seconds)
+def start_worker(nursery: Nursery) -> Worker:
+    """A process that waits for tasks."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        return Worker(order(nursery, 0, [theirs.fileno()]), ours)
 
 
-def receive(worker: subprocess.Popen, seconds: float):
-    """What it says within so many seconds, or `NOTHING`, or `GONE`."""
+def stop(nursery: Nursery, worker: Worker) -> None:
+    """Whatever it is doing, and whatever it has started."""
+    worker.socket.close()
+    order(nursery, worker.pid, [])
+
+
+def order(nursery: Nursery, pid: int, connection: list[int]) -> int:
+    """Let the nursery fork a worker (0) or end one; returns its process id. Raises ValueError where it is dead."""
+    with nursery.lock, suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(nursery.socket, [pid.to_bytes(8)], connection)
+        if answer := nursery.socket.recv(8, socket.MSG_WAITALL):
+            return int.from_bytes(answer)
+    raise ValueError("reward.name: the process that had loaded the verifier was killed")
+
+
+def say(to: socket.socket, what) -> None:
+    """Send an object; whether it arrives, the answer will tell."""
+    message = pickle.dumps(what)
+    with suppress(BrokenPipeError, ConnectionResetError):
+        to.sendall(len(message).to_bytes(8) + message)
+
+
+def hear(whom: socket.socket, seconds: float | None = None):
+    """The object that is sent within so many seconds, or `NOTHING`, or `GONE`."""
     poll = select.poll()
-    poll.register(worker.stdout, select.POLLIN)
-    if seconds <= 0 or not poll.poll(1000 * seconds):
+    poll.register(whom, select.POLLIN)
+    if seconds is not None and (seconds <= 0 or not poll.poll(1000 * seconds)):
         return NOTHING
     try:
-        return pickle.load(worker.stdout)
-    except (EOFError, pickle.UnpicklingError):
+        size = whom.recv(8, socket.MSG_WAITALL)
+        message = whom.recv(int.from_bytes(size), socket.MSG_WAITALL)
+        return pickle.loads(message) if size else GONE
+    except (ConnectionResetError, EOFError, pickle.UnpicklingError):
         return GONE
 
 
-def stop(worker: subprocess.Popen) -> None:
-    """Whatever it is doing, and whatever it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)
-    with suppress(BrokenPipeError):  # of what it was still to read
-        worker.stdin.close()
-    worker.stdout.close()
-    worker.wait()
+# ---- the other side ---------------------------------------------------------------------------------------------
 
-
-def work() -> None:
-    """The life of a worker: load a verifier, then judge until stdin ends, or memory does."""
+def nurse(orders: socket.socket) -> None:
+    """The life of a nursery: load a verifier, then fork and end workers until there is nobody to order any."""
     import resource
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a trainer that was killed
+    die_with_parent()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a verifier reads is no question
-    os.dup2(2, 1)  # and what it prints no verdict
-
-    def say(answer) -> None:
-        pickle.dump(answer, answers)
-        answers.flush()
+    os.dup2(2, 1)  # what a verifier prints
     try:
-        verifier = load_verifier(pickle.load(questions))
-        say("")
-        while True:
-            task = pickle.load(questions)
-            try:
-                say(judge(verifier, *task))
-            except ValueError as error:
-                if isinstance(error.__cause__, MemoryError):
-                    return
-                say(str(error))
+        verifier = load_verifier(hear(orders))
     except ValueError as error:
-        say(str(error))
-    except EOFError:
-        return
+        return say(orders, str(error))
+    say(orders, is_batched(verifier))
+    while True:
+        message, connections, *_ = socket.recv_fds(orders, 8, 1)
+        if not message:
+            return None
+        pid = int.from_bytes(message)
+        if pid:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        elif pid := os.fork():
+            os.close(connections[0])
+            with suppress(PermissionError, ProcessLookupError):  # it has done so itself, or is gone
+                os.setpgid(pid, pid)
+        else:
+            orders.close()
+            os.setpgid(0, 0)
+            work(verifier, socket.socket(fileno=connections[0]))
+        orders.sendall(pid.to_bytes(8))
+
+
+def work(verifier: Callable, tasks: socket.socket) -> None:
+    """The life of a worker: judge until there are no more tasks, or no more memory. Does not return."""
+    die_with_parent()
+    os.set_inheritable(tasks.fileno(), False)
+    while (task := hear(tasks)) is not GONE:
+        try:
+            say(tasks, judge(verifier, *task))
+        except ValueError as error:
+            if isinstance(error.__cause__, MemoryError):
+                break
+            say(tasks, str(error))
+    os._exit(0)
+
+
+def die_with_parent() -> None:
+    """Not to outlive a trainer that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":
-    work()
+    nurse(socket.socket(fileno=int(sys.argv[1])))

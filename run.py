@@ -29,10 +29,10 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from attention import let_pack
 from checkpoint import is_sharded
-from config import one_line_errors
+from config import listed, one_line_errors
+from data import Data, load_data
 from judges import Judge, make_judge
 from rollout import Engine, stop_token_ids, transformers_engine
-from sampling import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,20 @@ class Run:
     judge: Judge
 
 
-def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[list[Prompt]]]:
-    """The run, and the prompts of each of `files`: (path, how many at most or 0). Data first, since it is quick."""
+def set_up(config: SimpleNamespace, training: bool = True) -> tuple[Run, Data]:
+    """The run, and its prompts (without `training`, for validation only). Data first, since it is quick."""
     with one_line_errors():
         accelerator = start_processes(config)
         set_seed(config.seed)
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        judge = make_judge(config.reward.name, cores_of_each(accelerator), config.reward.timeout)
+        judge = make_judge(listed(config.reward.name), [float(weight) for weight in listed(config.reward.weights)],
+                           cores_of_each(accelerator), config.reward.timeout)
         tokenizer = load(AutoTokenizer, config.model.path)
-        prompts = [load_file(accelerator, tokenizer, config, *file) for file in files]
+        data = load_data(config, tokenizer, accelerator.print, training)
         policy = load_model(config)
+        for warning in doubts(config, stop_token_ids(policy, tokenizer), tokenizer):
+            accelerator.print(f"warning: {warning}")
         unset_hf_deepspeed_config()  # with it, ZeRO-3 shards whatever is loaded; the other models stay whole
         with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
         reference = load_model(config).requires_grad_(False) if with_kl else None
@@ -74,7 +77,7 @@ def set_up(config: SimpleNamespace, *files: tuple[str, int]) -> tuple[Run, list[
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
-    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, judge), prompts
+    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, judge), data
 
 
 def start_processes(config: SimpleNamespace) -> Accelerator:
@@ -174,24 +177,14 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, devic
     return copy.requires_grad_(False)
 
 
-def load_file(accelerator: Accelerator, tokenizer, config: SimpleNamespace, path: str,
-              max_prompts: int) -> list[Prompt]:
-    """The prompts of one file, with a word on those that are too long; none where `path` is empty."""
-    if not path:
-        return []
-    data = config.data
-    try:
-        prompts, overlong = load_prompts(
-            path, tokenizer, data.max_prompt_length, data.overlong_prompts, max_prompts,
-            prompt_key=data.prompt_key, answer_key=data.answer_key, answer_regex=data.answer_regex,
-            prompt_template=data.prompt_template, apply_chat_template=data.apply_chat_template)
-    except ValueError as error:
-        hint = " (val.file is read with the same data.* keys; `val.file=` goes without)" * (path == config.val.file)
-        raise ValueError(f"{error}{hint}") from error
-    verb = "cut on the left" if data.overlong_prompts == "truncate_left" else "dropped"
-    accelerator.print(f"{path}: {len(prompts)} prompts" + (
-        f"; {overlong} of more than {data.max_prompt_length} tokens were {verb}" if overlong else ""))
-    return prompts
+def doubts(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[str]:
+    """What has ruined runs before, and may be meant (load_data has more of it)."""
+    if config.rollout.top_p < 1:
+        yield (f"rollout.top_p={config.rollout.top_p}: ratios are taken against a distribution that was not sampled "
+               "from; 1.0 is sound")
+    if len(stop_ids) > 1:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_ids)))
+        yield f"{len(stop_ids)} tokens end a response, {names}: make sure that the model means each of them so"
 
 
 def whole_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -8,16 +8,11 @@ The prompt stream is endless: epoch after epoch, each in an order of its own. A 
 is one integer, and identifies a group even where the data repeat a prompt.
 """
 
-import json
 import math
-import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapreplace
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,18 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import pack_arguments
+from data import Mixture, Prompt
 from reward import Score
 from rollout import Response
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A task. `id` is its row in the data (from 0), `row` all of its columns, for a verifier that wants them."""
-    id: int
-    text: str
-    token_ids: list[int]
-    answer: str
-    row: dict
 
 
 @dataclass(frozen=True)
@@ -85,90 +71,30 @@ def make_rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """(place, row) for every row of a .jsonl or .parquet file. Raises ValueError with the place of a bad one."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such data file")
-    if path.endswith(".parquet"):
-        from datasets import load_dataset  # takes seconds to import
-        for number, row in enumerate(load_dataset("parquet", data_files=path, split="train"), 1):
-            yield f"{path}: row {number}", row
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{place}: not valid JSON ({error}): mend or delete this line") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{place}: a JSON object is expected, found {type(row).__name__}")
-                yield place, row
+@lru_cache(maxsize=16)
+def _epoch_order(num_prompts: int, seed: int, epoch: int, part: int) -> np.ndarray:
+    return make_rng(seed, "prompt order", epoch, part).permutation(num_prompts)
 
 
-def read_task(place: str, row: dict, prompt_key: str, answer_key: str, answer_regex: str) -> tuple[str, str]:
-    """Task and answer of one row of the data. Raises ValueError, naming `place`, where it lacks them."""
-    for option, key in (("prompt_key", prompt_key), ("answer_key", answer_key)):
-        if row.get(key) in (None, ""):
-            raise ValueError(f"{place}: no {key!r} (it has: {', '.join(row)}): set data.{option}, or mend the row")
-    answer = str(row[answer_key])
-    if answer_regex:
-        match = re.search(answer_regex, answer)
-        if not match or not match.group(1):
-            raise ValueError(f"{place}: data.answer_regex {answer_regex!r} does not match the answer {answer[-40:]!r}: "
-                             "mend one of them")
-        answer = match.group(1).strip()
-    return str(row[prompt_key]), answer
+@lru_cache(maxsize=16)
+def _mixing_order(weights: tuple[int, ...], seed: int, round_: int) -> np.ndarray:
+    return make_rng(seed, "mixture", round_).permutation(np.repeat(np.arange(len(weights)), weights))
 
 
-def tokenize(tasks: list[str], tokenizer, prompt_template: str, apply_chat_template: bool) -> tuple[list[str], list]:
-    """The tasks as the policy is to read them: texts and token ids."""
-    texts = [prompt_template.replace("{prompt}", task) for task in tasks]
-    templated = bool(apply_chat_template and tokenizer.chat_template)
-    if templated:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                               add_generation_prompt=True) for text in texts]
-    return texts, tokenizer(texts, add_special_tokens=not templated)["input_ids"]  # a template writes its own
+def draw_prompts(mixture: Mixture, position: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
+    """The `count` prompts from `position` of the endless stream, each with its own position.
 
-
-def load_prompts(path: str, tokenizer, max_prompt_length: int, overlong_prompts: str = "drop", max_prompts: int = 0,
-                 prompt_template: str = "{prompt}", apply_chat_template: bool = True,
-                 **keys: str) -> tuple[list[Prompt], int]:
-    """All prompts of a file (of its first `max_prompts` rows, where positive), and how many were too long.
-
-    A prompt of more than `max_prompt_length` tokens is dropped, loses its left end (`truncate_left`), or is
-    an error. `keys` go to `read_task`. Raises ValueError for unusable data.
+    The stream goes in rounds, in each of which every part of the mixture has as many places as its weight says, in
+    shuffled order. A part gives its prompts epoch after epoch, each in an order of its own.
     """
-    rows = list(islice(read_rows(path), max_prompts or None))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    tasks, answers = zip(*(read_task(place, row, **keys) for place, row in rows), strict=True)
-    texts, token_ids = tokenize(tasks, tokenizer, prompt_template, apply_chat_template)
-    prompts, overlong = [], 0
-    for i, ((place, row), text, ids, answer) in enumerate(zip(rows, texts, token_ids, answers, strict=True)):
-        if len(ids) > max_prompt_length:
-            overlong += 1
-            if overlong_prompts == "error":
-                raise ValueError(f"{place}: {len(ids)} tokens, more than data.max_prompt_length={max_prompt_length}: "
-                                 "raise it, or set data.overlong_prompts")
-        if len(ids) <= max_prompt_length or overlong_prompts == "truncate_left":
-            prompts.append(Prompt(i, text, ids[-max_prompt_length:], answer, row))
-    if not prompts:
-        raise ValueError(f"{path}: all {overlong} prompts are longer than data.max_prompt_length={max_prompt_length}: "
-                         "raise it")
-    return prompts, overlong
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
-    return make_rng(seed, "prompt order", epoch).permutation(num_prompts)
-
-
-def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
-    """The `count` prompts from `position` of the endless stream, each with its own position."""
-    return [(at, prompts[_epoch_order(len(prompts), seed, at // len(prompts))[at % len(prompts)]])
-            for at in range(position, position + count)]
+    weights, drawn = tuple(weight for weight, _ in mixture), []
+    for at in range(position, position + count):
+        round_, place = divmod(at, sum(weights))
+        order = _mixing_order(weights, seed, round_)
+        part = order[place]
+        epoch, index = divmod(round_ * weights[part] + np.count_nonzero(order[:place] == part), len(mixture[part][1]))
+        drawn.append((at, mixture[part][1][_epoch_order(len(mixture[part][1]), seed, epoch, part)[index]]))
+    return drawn
 
 
 def auto_batch_size(missing: int, kept: float, drawn: float) -> int:

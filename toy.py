@@ -20,6 +20,7 @@ with a slip). So it *can* reason, but seldom does, which is what reinforcement l
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from reward import Score, score_math
 
 LABELS = ["a", " b", " c", " d", " e", " f", " g", " h", " i", " j"]
 ANSWER, FILLER, EOS = "\nAnswer: ", ".", "<eos>"
@@ -121,6 +124,12 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
     for step in tqdm(range(habit_steps), desc="teaching the habit"):
         imitate((worked, slips, rambling), 1e-3 * (1 - step / habit_steps))
     return model
+
+
+def score(response: str, ground_truth: str, prompt: str = "", **row) -> Score:
+    """The verifier `toy`: `score_math`'s verdict, and which share of the task's steps the response writes down."""
+    steps = sum(prompt.count(label) for label in LABELS[1:])
+    return replace(score_math(response, ground_truth), columns={"work_shown": response.count("=") / max(steps, 1)})
 
 
 def write_problems(path: Path, seed: str, count: int, seen: set[str]) -> None:

@@ -38,15 +38,16 @@ from tqdm import tqdm
 from attention import packing, stop_packing
 from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
                         read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
-from config import flatten, one_line_errors, read_command_line
-from evaluate import Evaluation, evaluate, format_table
+from config import flatten, one_line_errors, printable, read_command_line
+from data import Data, Mixture, Prompt
+from evaluate import Evaluation, Evaluations, evaluate, format_tables
 from judges import Judge
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
 from plot import plot_runs
-from reward import TIMED_OUT, Score, overlong_penalty
+from reward import FAILED, TIMED_OUT, Score, mean_columns, overlong_penalty
 from rollout import Response, pack, unpack
 from run import Run, set_up, sync_weights, whole_weights
-from sampling import (Group, Prompt, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
+from sampling import (Group, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
                       micro_batches, mini_batches)
 
 COUNTERS = ("step", "prompts_drawn", "optimizer_steps", "skipped_in_a_row",  # metrics that say how far a run has come
@@ -54,7 +55,7 @@ COUNTERS = ("step", "prompts_drawn", "optimizer_steps", "skipped_in_a_row",  # m
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------------
 
-def train(run: Run, prompts: list[Prompt], done: Counter) -> Iterator[tuple[dict, list[Group], Tensor]]:
+def train(run: Run, prompts: Mixture, done: Counter) -> Iterator[tuple[dict, list[Group], Tensor]]:
     """DAPO. Yields, after each step, its metrics, the groups it trained on, and their advantages (G, n).
 
     `done` are the counters among the metrics of the last step before: an empty one to begin with.
@@ -298,10 +299,10 @@ def check_agreement(run: Run, step: int, difference: float) -> None:
                          f"mean, where rounding explains {limit}: the engine does not have the policy's weights")
 
 
-def check_sync(run: Run, prompts: list[Prompt]) -> None:
+def check_sync(run: Run, mixture: Mixture) -> None:
     """Before anything is trained: do sampler and trainer agree? If not by packed rows, then by padded ones; if not by
     those either, raises SystemExit."""
-    config, some = run.config, [prompt.token_ids for prompt in prompts[:4]]
+    config, some = run.config, [prompt.token_ids for prompt in mixture[0][1][:4]]
     with together(run.accelerator, "rollout"):
         groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(
             16, config.data.max_response_length), config.rollout.temperature, 1.0, "")
@@ -348,7 +349,7 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
             scores, failure = judge_all(run.judge, prompts, responses)
         results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
-        raise SystemExit(f"error: {purpose}, {failures[0]}")
+        raise SystemExit(f"error: {purpose}, {printable(failures[0])}")
     rows = sorted((row for positions, packed, scores, _ in results
                    for row in zip(positions, unpack(packed, n), scores, strict=True)), key=lambda row: row[0])
     timer.tokens["generate"] += sum(len(response.token_ids) for _, group, _ in rows for response in group)
@@ -356,20 +357,26 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
 
 
 def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
-    """A score for every response; and, where the policy or the verifier failed, on what and how."""
+    """A score for every response; and, where the policy failed, or the verifier on all of them, on what and how.
+
+    A verifier that fails on some has met a text that it did not expect: those are wrong.
+    """
     for prompt, group in zip(prompts, responses, strict=True):
         if not all(np.isfinite(response.logprobs).all() for response in group):
             return [], f"prompt {prompt.id}: log-probs are not finite; the policy has diverged, or its numbers overflow"
-    pairs = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
     try:
-        verdicts = judge([(response.text, prompt.answer, prompt.row) for prompt, response in pairs])
+        verdicts = judge([([response.text for response in group], prompt.answer, prompt.row)
+                          for prompt, group in zip(prompts, responses, strict=True)])
     except (ValueError, OSError, TypeError, PicklingError) as error:  # no worker, or a row that cannot travel
         return [], str(error)
-    for (prompt, response), verdict in zip(pairs, verdicts, strict=True):
-        if isinstance(verdict, str):
-            return [], f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
-    remaining = iter(verdicts)
-    return [[next(remaining) for _ in group] for group in responses], ""
+    failures = [f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
+                for prompt, group, judged in zip(prompts, responses, verdicts, strict=True)
+                for response, verdict in zip(group, judged, strict=True) if isinstance(verdict, str)]
+    if failures and len(failures) == sum(map(len, verdicts)):
+        return [], failures[0]
+    if failures:
+        tqdm.write(f"warning: {len(failures)} responses count as wrong: {printable(failures[0])}")
+    return [[FAILED if isinstance(verdict, str) else verdict for verdict in judged] for judged in verdicts], ""
 
 
 @torch.no_grad()
@@ -394,7 +401,7 @@ def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict:
 
 # ---- the directory of a run --------------------------------------------------------------------------------
 
-def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[dict, Counter, dict[str, Evaluation]]:
+def open_run_dir(run: Run, prompts: Mixture) -> tuple[dict, Counter, Evaluations]:
     """Go back to the run's newest checkpoint where there is one, and start the tracker.
 
     Returns what identifies the run, the counters of the last step done, and the evaluations so far. Raises OSError.
@@ -422,14 +429,17 @@ def open_run_dir(run: Run, prompts: list[Prompt]) -> tuple[dict, Counter, dict[s
             write_whole(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     run.accelerator.init_trackers("dapo", flatten(config))
     return identity, Counter(progress["counters"]), {
-        name: Evaluation(**kept) for name, kept in progress["evaluations"].items()}
+        name: {title: Evaluation(**kept) for title, kept in of_set.items()}
+        for name, of_set in progress["evaluations"].items()}
 
 
-def fingerprint(prompts: list[Prompt]) -> str:
-    """What tells two lists of prompts apart."""
+def fingerprint(mixture: Mixture) -> str:
+    """What tells two mixtures of prompts apart."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(repr((prompt.token_ids, prompt.answer)).encode("utf-8", "surrogatepass"))
+    for weight, prompts in mixture:
+        digest.update(f"{weight} * {len(prompts)}".encode())
+        for prompt in prompts:
+            digest.update(f"{prompt.text}\0{prompt.answer}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -506,6 +516,8 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for group in generated for score in group.scores),
         "reward/timeouts": sum(score == TIMED_OUT for group in generated for score in group.scores),
+        "reward/errors": sum(score == FAILED for group in generated for score in group.scores),
+        **mean_columns([score for group in generated for score in group.scores]),
         "acc/before_filter": mean(score.acc for group in generated for score in group.scores),
         **({"acc/after_filter": mean(score.acc for group in trained for score in group.scores)} if trained else {}),
         "groups/kept": len(kept) / len(generated),
@@ -535,7 +547,8 @@ def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[
 
 
 def rollout_rows(step: int, groups: list[Group], advantages: Tensor) -> Iterator[str]:
-    """The lines of a rollout file: a response each, with all that was made of it."""
+    """The lines of a rollout file: a response each, with all that was made of it. JSON in ASCII: whatever the policy
+    writes, it does not reach a terminal."""
     for group, row in zip(groups, advantages.tolist(), strict=True):
         for response, score, reward, final, advantage in zip(group.responses, group.scores, group.rewards,
                                                              group.final_rewards, row, strict=True):
@@ -543,7 +556,7 @@ def rollout_rows(step: int, groups: list[Group], advantages: Tensor) -> Iterator
                 "step": step, "position": group.position, "prompt": group.prompt.text, "answer": group.prompt.answer,
                 "response": response.text, "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
                 "pred": score.pred, "acc": score.acc, "score": score.score, "reward": reward, "final_reward": final,
-                "advantage": advantage}) + "\n"
+                "advantage": advantage, **{f"verdict/{name}": value for name, value in score.columns.items()}}) + "\n"
 
 
 def validate(run: Run, prompts: list[Prompt]) -> Evaluation:
@@ -567,26 +580,26 @@ def record(run: Run, metrics: dict, groups: list[Group], advantages: Tensor) -> 
                 (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], identity: dict, done: Counter,
-                 evaluations: dict[str, Evaluation]) -> bool:
+def run_training(run: Run, data: Data, identity: dict, done: Counter, evaluations: Evaluations) -> bool:
     """Train, with validation, recording, checkpoints and a progress bar around the algorithm; save the policy.
 
-    Fills in `evaluations`, before and after. Returns whether the run came to its end: a signal stops it earlier.
+    Fills in `evaluations`, each set's before and after. Returns whether the run came to its end: a signal may stop it.
     """
-    config, last, set_name = run.config, run.config.total_training_steps, Path(run.config.val.file).stem
+    config, last = run.config, run.config.total_training_steps
 
     def validation(step: int) -> dict[str, float]:
-        if not val_prompts or not (step in (0, last) or (config.val.every and step % config.val.every == 0)):
+        if not data.val or not (step in (0, last) or (config.val.every and step % config.val.every == 0)):
             return {}
-        start = time.perf_counter()
-        evaluations["after" if step else "before"] = evaluation = validate(run, val_prompts)
-        return {f"val/{set_name}/{name}": value for name, value in evaluation.metrics.items()} | {
-            "time/validate": time.perf_counter() - start}
+        start, metrics = time.perf_counter(), {}
+        for name, prompts in data.val.items():
+            evaluation = evaluations.setdefault(name, {})["after" if step else "before"] = validate(run, prompts)
+            metrics |= {f"val/{name}/{key}": value for key, value in evaluation.metrics.items()}
+        return metrics | {"time/validate": time.perf_counter() - start}
 
     if not done["step"] and (before := validation(0)):
         record(run, {"step": 0, **before}, [], torch.empty(0))
-        run.accelerator.print("\n" + format_table(evaluations) + "\n")
-    with tqdm(train(run, prompts, done), "DAPO", last, initial=done["step"],
+        run.accelerator.print("\n" + format_tables(evaluations) + "\n")
+    with tqdm(train(run, data.train, done), "DAPO", last, initial=done["step"],
               disable=not run.accelerator.is_main_process) as bar:
         for metrics, groups, advantages in bar:
             step = metrics["step"]
@@ -600,8 +613,8 @@ def run_training(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], ide
             if stop or (config.save_every and (step == last or step % config.save_every == 0)):
                 save_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, config.run_dir, identity | {
                     "counters": {name: metrics[name] for name in COUNTERS},
-                    "evaluations": {name: asdict(figures) for name, figures in evaluations.items()}},
-                    config.keep_checkpoints)
+                    "evaluations": {name: {title: asdict(figures) for title, figures in of_set.items()}
+                                    for name, of_set in evaluations.items()}}, config.keep_checkpoints)
             if stop:
                 break
     return step == last
@@ -615,20 +628,21 @@ def save_results(run: Run) -> None:
             plot_runs([run.config.run_dir], Path(run.config.run_dir) / "curves.png")
 
 
-def summary(metrics: dict, evaluations: dict[str, Evaluation]) -> str:
+def summary(metrics: dict, evaluations: Evaluations) -> str:
     """What the progress bar says of a step."""
-    latest = evaluations.get("after", evaluations.get("before"))
-    accuracy = [f", val {value:.3f}" for name, value in latest.metrics.items() if "avg@" in name] if latest else []
+    latest = [of_set.get("after", of_set.get("before")) for of_set in evaluations.values()]
+    accuracy = [f", val {value:.3f}" for figures in latest for name, value in figures.metrics.items() if "avg@" in name]
     return (f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}" + "".join(accuracy)
             + f", length {metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
 
 
-def report(run: Run, evaluations: dict[str, Evaluation], seconds: float) -> None:
+def report(run: Run, evaluations: Evaluations, seconds: float) -> None:
     """Validation before and after, one problem's responses before and after, and where the results are."""
     if evaluations:
-        first = next(iter(evaluations.values()))
-        print("\n" + format_table(evaluations) + f"\n\n{first.prompt!r}, whose answer is {first.answer!r}:")
-        for title, evaluation in evaluations.items():
+        of_set = next(iter(evaluations.values()))
+        first = next(iter(of_set.values()))
+        print("\n" + format_tables(evaluations) + f"\n\n{first.prompt!r}, whose answer is {first.answer!r}:")
+        for title, evaluation in of_set.items():
             print("\n".join(f"  {title:<8}{text!r}" for text in evaluation.examples[:4]))
     print(f"\n{run.config.total_training_steps} steps; {seconds:.0f} s since the start. "
           f"{run.config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")
@@ -639,14 +653,14 @@ def main() -> None:
     config = read_command_line("Train a policy with DAPO.")
     with one_line_errors():
         check_run_dir(config)
-    run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, config.val.max_prompts))
+    run, data = set_up(config)
     start = time.perf_counter()
     with one_line_errors():
         lock = claim_run_dir(run.accelerator, config)
-        identity, done, evaluations = open_run_dir(run, prompts)
+        identity, done, evaluations = open_run_dir(run, data.train)
     try:
         with finish_on_signal(run.accelerator), one_line_errors():
-            finished = run_training(run, prompts, val_prompts, identity, done, evaluations)
+            finished = run_training(run, data, identity, done, evaluations)
     except SystemExit as error:
         message = f"{error}{keep_policy(run)}"
         run.engine.close()

@@ -41,9 +41,9 @@ def measure(overrides: list[str], steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [*overrides, "val.file=", f"total_training_steps={steps}",
                                              f"run_dir={folder}/run"])
-        run, (prompts,) = run_module.set_up(config, (config.data.train_file, 0))
+        run, data = run_module.set_up(config)
         run_module.sync_weights(run)
-        rows = [metrics for metrics, _, _ in train_dapo.train(run, prompts, Counter())]
+        rows = [metrics for metrics, _, _ in train_dapo.train(run, data.train, Counter())]
         run.engine.close()
     names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/rollout_diff"]
     return {"start": times[0], **{name: statistics.median(row[name] for row in rows) for name in names}}

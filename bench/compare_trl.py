@@ -78,7 +78,7 @@ def run_ours(args: argparse.Namespace, run, prompts: list, judge: Callable[[], f
     from train_dapo import train
     sync_weights(run)
     progress = Progress(args, judge)
-    for metrics, _, _ in train(run, prompts, Counter()):
+    for metrics, _, _ in train(run, [(1, prompts)], Counter()):
         if progress.after_step(responses=metrics["groups/trained"] * run.config.rollout.n,
                                acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]):
             break
@@ -127,7 +127,8 @@ def make_reward(run, seen: list[tuple[float, int]]) -> Callable:
     config = run.config
 
     def reward(completions, completion_ids, answer, **_):
-        scores = run.judge([(text, right, {}) for text, right in zip(completions, answer, strict=True)])
+        scores = [score for score, in run.judge([([text], right, {}) for text, right in
+                                                 zip(completions, answer, strict=True)])]
         seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
         return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
                                                config.overlong_buffer.penalty_factor)
@@ -165,7 +166,8 @@ def measure(args: argparse.Namespace) -> dict:
             f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
             f"total_training_steps={steps}"])
-        run, (prompts, val_prompts) = set_up(config, (config.data.train_file, 0), (config.val.file, 0))
+        run, data = set_up(config)
+        ((_, prompts),), (val_prompts,) = data.train, data.val.values()
 
         def judge() -> float:
             return validate(run, val_prompts).metrics[f"avg@{config.val.n}"]

@@ -34,7 +34,8 @@ from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from rollout import generate  # noqa: E402
-from sampling import load_prompts  # noqa: E402
+from config import load_config  # noqa: E402
+from data import load_prompts  # noqa: E402
 
 GOAL, EOS, MEAN_LENGTH = 1.5, 0, 64
 WAYS = ("rollout.generate", "model.generate", "model.generate, log-probs")
@@ -62,8 +63,7 @@ def load_case(name: str, args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained("toy/base" if is_random else name)
     model = random_model() if is_random else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     count = args.random_prompts if is_random else args.prompts
-    prompts, _ = load_prompts("toy/train.jsonl", tokenizer, 64, max_prompts=count, prompt_key="prompt",
-                              answer_key="answer", answer_regex="")
+    prompts, _ = load_prompts("toy/train.jsonl", tokenizer, load_config("config.yaml").data, max_prompts=count)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (model.to(device).eval(), tokenizer, [prompt.token_ids for prompt in prompts],
             args.random_max_tokens if is_random else args.max_tokens)

@@ -35,9 +35,9 @@ def main() -> None:
             config = load_config("config.yaml", [
                 f"run_dir={folder}/run", "actor.lr=1e-9", "filter_groups.enable=false", "total_training_steps=1000",
                 f"data.train_batch_size={size // 16}", *args.overrides])
-            run, (prompts,) = set_up(config, (config.data.train_file, 0))
+            run, data = set_up(config)
             sync_weights(run)
-            streams[size] = train(run, prompts, Counter())
+            streams[size] = train(run, data.train, Counter())
             next(streams[size])  # to warm up
     repeats = {size: max(1, 1024 // size) for size in SIZES}  # a short step is timed more often
     rows = {size: [] for size in SIZES}

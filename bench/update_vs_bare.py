@@ -94,9 +94,9 @@ def make_run(path: str, overrides: list[str]):
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [f"run_dir={folder}/run", "actor.lr=1e-9", f"model.path={path}",
                                              *overrides])
-        run, (prompts,) = set_up(config, (config.data.train_file, 0))
+        run, data = set_up(config)
     sync_weights(run)
-    return run, prompts
+    return run, data.train
 
 
 def main() -> None:

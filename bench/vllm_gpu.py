@@ -57,7 +57,7 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
         f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={tokens}", "rollout.max_num_seqs=512",
         "overlong_buffer.enable=false"])
     result, holder = {"backend": backend}, []
-    result["start"] = seconds(lambda: holder.append(set_up(config, (config.data.train_file, 1))))
+    result["start"] = seconds(lambda: holder.append(set_up(config)))
     run = holder[0][0]
     result["first sync"] = seconds(lambda: sync_weights(run))
     result["sync"] = min(seconds(lambda: sync_weights(run)) for _ in range(3))

@@ -63,9 +63,9 @@ def embedded(steps: int) -> tuple[float, float, float]:
     from train_dapo import train
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config = load_config("config.yaml", [f"run_dir={folder}/run", f"total_training_steps={steps}"])
-        run, (prompts,) = set_up(config, (config.data.train_file, 0))
+        run, data = set_up(config)
         sync_weights(run)
-        rows = [metrics for metrics, _, _ in train(run, prompts, Counter())]
+        rows = [metrics for metrics, _, _ in train(run, data.train, Counter())]
     shares = [row["groups/kept"] for row in rows]
     return excess(rows, shares), float(np.mean([row["gen_batches"] for row in rows])), float(np.mean(shares))
 

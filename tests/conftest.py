@@ -57,8 +57,8 @@ def make_run(tmp_path):
 
     def make_run(*overrides: str, double: bool = False):
         config = load_config("config.yaml", [f"run_dir={tmp_path / 'run'}", *TINY, *overrides])
-        run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
+        run, data = train_dapo.set_up(config)
         if double:
             run.policy.to(torch.float64)
-        return run, prompts
+        return run, data.train
     return make_run

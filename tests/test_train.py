@@ -32,7 +32,7 @@ def rows(run_dir):
 def make_mini(run, prompts, lengths=(3, 50, 7, 90, 1, 22, 64, 5, 30, 11)):
     """Responses of very unlike lengths, off-policy, one of them masked: what a bad normaliser trips over."""
     rng = np.random.default_rng(0)
-    samples = [Sample(prompts[i].token_ids, rng.integers(1, 28, length).astype(np.int32), float(rng.normal()), trains=i != 3)
+    samples = [Sample(prompts[0][1][i].token_ids, rng.integers(1, 28, length).astype(np.int32), float(rng.normal()), trains=i != 3)
                for i, length in enumerate(lengths)]
 
     def near(logprobs):
@@ -109,7 +109,7 @@ def test_neither_packing_nor_padding_changes_a_logprob(make_run, attention):
 
 def test_responses_without_a_verdict_are_counted(make_run):
     run, prompts = make_run("total_training_steps=1")
-    hang = replace(run, judge=lambda tasks: [TIMED_OUT if i % 3 == 0 else score for i, score in enumerate(run.judge(tasks))])
+    hang = replace(run, judge=lambda tasks: [[TIMED_OUT if i % 3 == 0 else score for i, score in enumerate(group)] for group in run.judge(tasks)])
     ((metrics, _, _),) = train(hang, prompts, Counter())
     assert metrics["reward/timeouts"] == sum(-(-size // 3) for size in [24] * metrics["gen_batches"])
     assert metrics["groups/trained"] == 4
@@ -240,7 +240,7 @@ def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_run):
     with torch.no_grad():
         next(run.policy.parameters()).fill_(math.nan)
     with pytest.raises(SystemExit, match="step 1, prompt 0: log-probs are not finite; the policy has diverged"):
-        train_dapo.write_groups(run, [(0, prompts[0])], 1, Timer())
+        train_dapo.write_groups(run, [(0, prompts[0][1][0])], 1, Timer())
 
 
 def test_a_mini_batch_of_masked_responses_moves_nothing(make_run):
@@ -399,7 +399,7 @@ def test_a_collapsed_policy_is_not_taken_for_hard_prompts(make_run):
 def test_a_short_answer_is_not_preferred(make_run):
     """Groups train in the order of the prompt stream, whatever their length."""
     run, prompts = make_run()
-    buffer = [make_group(i, prompts[0], [1.0, 0.0], length=90 - 10 * i) for i in range(6)]
+    buffer = [make_group(i, prompts[0][1][0], [1.0, 0.0], length=90 - 10 * i) for i in range(6)]
     trained = groups_to_train(run, 1, buffer, buffer, 1)
     assert [group.position for group in trained] == [0, 1, 2, 3]
 
@@ -407,7 +407,7 @@ def test_a_short_answer_is_not_preferred(make_run):
 def test_an_epochs_end_in_the_middle_of_a_fill_loses_no_group(make_run, monkeypatch):
     run, prompts = make_run("total_training_steps=1")
     asked = fake_policy(monkeypatch, mixed_where(lambda position: position % 3 == 0))
-    ((_, trained, _),) = train(run, prompts[:5], Counter())  # the epoch ends within the first generation batch
+    ((_, trained, _),) = train(run, [(1, prompts[0][1][:5])], Counter())  # the epoch ends within the first generation batch
     assert [group.position for group in trained] == [0, 3, 6, 9] and asked == [list(range(6)), list(range(6, 12))]
 
 
@@ -427,7 +427,7 @@ def test_kl_in_the_reward_takes_the_summed_kl_off_the_final_reward_only(make_run
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.02)  # away from the reference
-    groups = train_dapo.write_groups(run, [(0, prompts[0]), (1, prompts[1])], 1, Timer())
+    groups = train_dapo.write_groups(run, [(0, prompts[0][1][0]), (1, prompts[0][1][1])], 1, Timer())
     samples = [Sample(g.prompt.token_ids, r.token_ids, 0.0) for g in groups for r in g.responses]
     old, ref = (logprobs_of(run, model, samples) for model in (run.policy, run.reference))
     expected = [0.5 * (o - r).sum().item() for o, r in zip(old, ref, strict=True)]
@@ -466,7 +466,7 @@ def test_the_runs_seed_and_the_place_in_the_prompt_stream_reach_the_sampler(make
 
     def written(seed, position):
         run.config.seed = seed
-        (group,) = train_dapo.write_groups(run, [(position, prompts[0])], 1, Timer())
+        (group,) = train_dapo.write_groups(run, [(position, prompts[0][1][0])], 1, Timer())
         return [response.token_ids.tolist() for response in group.responses]
     assert written(0, 0) == written(0, 0)
     assert len({str(written(*where)) for where in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))}) == 5

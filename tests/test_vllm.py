@@ -34,7 +34,7 @@ def vllm_run(make_run, monkeypatch):
     monkeypatch.setattr(sys.modules["run"], "make_engine", lambda *_: engines["one"])
     run, prompts = make_run(*VLLM)
     sync_weights(run)
-    return run, [prompt.token_ids for prompt in prompts[:24]]
+    return run, [prompt.token_ids for prompt in prompts[0][1][:24]]
 
 
 def write(run, prompts, **settings):

@@ -56,7 +56,7 @@ def whole(tensor):
 def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
     overrides = [] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"]
     config = load_config("config.yaml", [*SMALL, *overrides, *extras])
-    run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
+    run, data = train_dapo.set_up(config)
     run_module.sync_weights(run)
     gradients, clip, writer = [], run.accelerator.clip_grad_norm_, run.engine.write.args[0]
 
@@ -69,7 +69,7 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
         run = replace(run, engine=replace(run.engine, write=uneven(
             run.engine.write, run.accelerator.process_index, run.accelerator.num_processes)))
     results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
-    for metrics, groups, _ in train_dapo.train(run, prompts, Counter()):
+    for metrics, groups, _ in train_dapo.train(run, data.train, Counter()):
         results["positions"] += [group.position for group in groups]
         results["lengths"] += [len(r.token_ids) for group in groups for r in group.responses]
         results["tokens"] += [token for group in groups for r in group.responses for token in r.token_ids]
@@ -92,15 +92,15 @@ def round_trip(run_dir: str) -> dict:
     """A sharded run is trained by a step, saved, exported, and read again, whole and with a shard missing."""
     def fresh():
         config = load_config("config.yaml", [*SMALL, f"run_dir={run_dir}", "total_training_steps=1"])
-        run, (prompts,) = train_dapo.set_up(config, (config.data.train_file, 0))
+        run, data = train_dapo.set_up(config)
         run_module.sync_weights(run)
-        return run, prompts
-    run, prompts = fresh()
+        return run, data
+    run, data = fresh()
     accelerator, directory = run.accelerator, Path(run_dir)
     if accelerator.is_main_process:
         directory.mkdir()
     accelerator.wait_for_everyone()
-    (metrics, _, _), = train_dapo.train(run, prompts, Counter())
+    (metrics, _, _), = train_dapo.train(run, data.train, Counter())
     counters = {name: metrics[name] for name in train_dapo.COUNTERS}
     save_checkpoint(accelerator, run.policy, run.optimizer.optimizer, run_dir, {"counters": counters}, keep=1)
     train_dapo.save_model(run, "model")
