@@ -26,7 +26,7 @@ from reward import TIMED_OUT, Score, is_batched, judge, load_verifier, weigh
 QUICK = ("math", "math_strict_box", "toy")  # bounded work, of microseconds: they need no process of their own
 MEMORY = 8 * 2**30  # bytes of address space, a worker
 START = 60.0  # seconds that a verifier's imports may take
-PATIENCE = 0.2  # seconds after which a call gives way: it no longer counts as one that runs, so the next may start
+PATIENCE = 0.1  # seconds after which a call gives way: it no longer counts as one that runs, so the next may start
 GIVE_WAY = 10  # and its process gets this niceness, about a tenth of another's share of a core
 CROWD = 4  # times as many may be under way in all: each then has a quarter of the time that it would have alone
 NOTHING, GONE = object(), object()  # a process says nothing yet; or never will

@@ -1,132 +1,60 @@
 """sampling.py: the prompt stream, the group filter, mini- and micro-batches, tensors."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
+from data import Prompt
 from reward import Score
 from rollout import Response
 from sampling import (
     Group,
-    Prompt,
     Sample,
     auto_batch_size,
     collate,
     draw_prompts,
     is_informative,
-    load_prompts,
     make_rng,
     micro_batches,
     mini_batches,
 )
 
-HOW = {"prompt_key": "prompt", "answer_key": "answer", "answer_regex": "", "prompt_template": "{prompt}",
-       "apply_chat_template": True}
 PROMPTS = [Prompt(i, f"p{i}", [i], str(i), {}) for i in range(10)]
-
-
-def write(tmp_path, *lines):
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return str(path)
-
-
-# ---- prompts ----
-
-def test_template_and_answer_regex(tmp_path, tokenizer):
-    path = write(tmp_path, {"q": "a1 b+2", "a": "so #### 3"})
-    how = HOW | {"prompt_key": "q", "answer_key": "a", "answer_regex": "#### (.+)", "prompt_template": "{prompt}?"}
-    (prompt,), overlong = load_prompts(path, tokenizer, 64, **how)
-    assert (prompt.text, prompt.answer, prompt.row, overlong) == ("a1 b+2?", "3", {"q": "a1 b+2", "a": "so #### 3"}, 0)
-    assert tokenizer.decode(prompt.token_ids) == "a1 b+2?"
-
-
-def test_braces_in_the_task_are_left_alone(tmp_path, tokenizer):
-    path = write(tmp_path, {"prompt": "{x} {prompt} {{", "answer": "1"})
-    (prompt,), _ = load_prompts(path, tokenizer, 64, **HOW | {"prompt_template": "Q: {prompt}"})
-    assert prompt.text.startswith("Q: {x} ") and prompt.text.endswith(" {{")
-
-
-def test_the_chat_template_is_used_where_there_is_one(tmp_path, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}a{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-    try:
-        path = write(tmp_path, {"prompt": "1", "answer": "1"})
-        (with_template,), _ = load_prompts(path, tokenizer, 64, **HOW)
-        (without,), _ = load_prompts(path, tokenizer, 64, **HOW | {"apply_chat_template": False})
-    finally:
-        tokenizer.chat_template = None
-    assert (with_template.text, without.text) == ("a1?", "1")
-
-
-def test_a_long_prompt_is_dropped_cut_or_an_error(tmp_path, tokenizer):
-    path = write(tmp_path, {"prompt": "a1", "answer": "1"}, {"prompt": "a1 b+2 c+3", "answer": "6"})
-    kept, overlong = load_prompts(path, tokenizer, 3, "drop", **HOW)
-    assert ([p.text for p in kept], overlong) == (["a1"], 1)
-    kept, _ = load_prompts(path, tokenizer, 3, "truncate_left", **HOW)
-    assert tokenizer.decode(kept[1].token_ids) == " c+3"
-    with pytest.raises(ValueError, match="data.jsonl:2: 8 tokens.*max_prompt_length=3"):
-        load_prompts(path, tokenizer, 3, "error", **HOW)
-
-
-def test_parquet_is_read_like_jsonl(tmp_path, tokenizer):
-    from datasets import Dataset
-    rows = [{"prompt": "a1", "answer": "1"}, {"prompt": "a2", "answer": "2"}]
-    Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    prompts, _ = load_prompts(str(tmp_path / "data.parquet"), tokenizer, 64, **HOW)
-    assert [p.row for p in prompts] == rows
-
-
-@pytest.mark.parametrize("lines, message", [
-    (['{"prompt": "a1", "answer": "1"}', '{"prompt": '], "data.jsonl:2: not valid JSON"),
-    (["[1, 2]"], "data.jsonl:1: a JSON object is expected, found list"),
-    ([{"prompt": "a1", "answer": "1"}, {"question": "a1"}], "data.jsonl:2: no 'prompt' .it has: question.*prompt_key"),
-    ([{"prompt": "a1"}], "data.jsonl:1: no 'answer'.*answer_key"),
-    ([{"prompt": "a1", "answer": None}], "data.jsonl:1: no 'answer'.*mend the row"),
-    ([{"prompt": "", "answer": "1"}], "data.jsonl:1: no 'prompt'.*mend the row"),
-    ([], "data.jsonl: no rows"),
-    ([{"prompt": "a" + "1" * 99, "answer": "1"}], "all 1 prompts are longer than data.max_prompt_length=64"),
-])
-def test_a_bad_file_is_named_with_line_and_repair(tmp_path, tokenizer, lines, message):
-    with pytest.raises(ValueError, match=message):
-        load_prompts(write(tmp_path, *lines), tokenizer, 64, **HOW)
-
-
-def test_an_answer_without_the_regex_is_named(tmp_path, tokenizer):
-    path = write(tmp_path, {"prompt": "a1", "answer": "#### 1"}, {"prompt": "a1", "answer": "one"})
-    with pytest.raises(ValueError, match="data.jsonl:2.*does not match"):
-        load_prompts(path, tokenizer, 64, **HOW | {"answer_regex": "#### (.+)"})
-
-
-def test_bytes_that_are_not_utf8_are_named(tmp_path, tokenizer):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b'{"prompt": "a1", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}\n')
-    with pytest.raises(ValueError, match="data.jsonl:2: not valid JSON"):
-        load_prompts(str(path), tokenizer, 64, **HOW)
 
 
 # ---- the stream ----
 
 def test_each_epoch_has_every_prompt_once_and_an_order_of_its_own():
-    drawn = [prompt.id for _, prompt in draw_prompts(PROMPTS, 0, 30, seed=1)]
+    drawn = [prompt.id for _, prompt in draw_prompts([(1, PROMPTS)], 0, 30, seed=1)]
     epochs = drawn[:10], drawn[10:20], drawn[20:]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_batch_across_the_end_of_an_epoch_neither_loses_nor_repeats_a_prompt():
-    whole = draw_prompts(PROMPTS, 0, 24, seed=1)
-    assert whole == [pair for at in range(0, 24, 8) for pair in draw_prompts(PROMPTS, at, 8, seed=1)]
+    whole = draw_prompts([(1, PROMPTS)], 0, 24, seed=1)
+    assert whole == [pair for at in range(0, 24, 8) for pair in draw_prompts([(1, PROMPTS)], at, 8, seed=1)]
 
 
 def test_the_seed_determines_the_order():
-    assert draw_prompts(PROMPTS, 5, 10, 1) == draw_prompts(PROMPTS, 5, 10, 1) != draw_prompts(PROMPTS, 5, 10, 2)
+    assert draw_prompts([(1, PROMPTS)], 5, 10, 1) == draw_prompts([(1, PROMPTS)], 5, 10, 1) != draw_prompts([(1, PROMPTS)], 5, 10, 2)
+
+
+def test_a_mixture_gives_each_part_its_share_in_every_round_and_goes_through_each_evenly():
+    other = [Prompt(100 + i, f"q{i}", [i], str(i), {}) for i in range(7)]
+    ids = [prompt.id for _, prompt in draw_prompts([(3, PROMPTS), (2, other)], 0, 175, seed=1)]
+    rounds = [sorted(id >= 100 for id in ids[at:at + 5]) for at in range(0, 175, 5)]
+    assert rounds == [[False] * 3 + [True] * 2] * 35
+    assert len({tuple(id >= 100 for id in ids[at:at + 5]) for at in range(0, 175, 5)}) > 3  # in shuffled order
+    first, second = [id for id in ids if id < 100], [id for id in ids if id >= 100]
+    assert all(sorted(first[at:at + 10]) == list(range(10)) for at in range(0, 100, 10))
+    assert all(sorted(second[at:at + 7]) == list(range(100, 107)) for at in range(0, 70, 7))
+    assert ids[50:60] == [prompt.id for _, prompt in draw_prompts([(3, PROMPTS), (2, other)], 50, 10, seed=1)]
 
 
 def test_repeated_prompts_are_told_apart_by_their_position():
     same = [Prompt(i, "same", [1], "1", {}) for i in range(3)]
-    assert len({position for position, _ in draw_prompts(same, 0, 9, 0)}) == 9
+    assert len({position for position, _ in draw_prompts([(1, same)], 0, 9, 0)}) == 9
 
 
 def test_a_random_stream_for_each_purpose():
