@@ -1,8 +1,9 @@
 """What users get wrong: one clear line that names the place and the repair, exit code 1, nothing half-written."""
 
 import json
-import subprocess
+import re
 import signal
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,9 +63,11 @@ def write_reward(tmp_path, body):
     (["model.path=owner/nowhere"], "error: model.path: cannot load owner/nowhere"),
     (["model.path=toy"], "error: model.path: cannot load toy"),
     (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
-    (["reward.name=maths"], "error: reward.name: 'maths' is neither `math` nor"),
+    (["reward.name=maths"], "error: reward.name: 'maths' is neither math, math_strict_box, math_verify, toy nor"),
+    (["reward.name=math,toy"], "error: reward.weights='1': a number for each of the 2 of reward.name is expected"),
+    (["data.train_weights=x"], "error: data.train_weights='x': a whole number"),
     (["data.max_prompt_length=2"], "error: toy/train.jsonl: all 5000 prompts are longer than data.max_prompt_length=2"),
-    (["data.prompt_key=question"], "error: toy/train.jsonl:1: no 'question' .it has: prompt, answer, level"),
+    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no 'task' .it has: prompt, answer, level"),
     (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no 'task'.*`val.file=` goes without"),
     (["log_with=nothing"], "error: .*nothing"),
     (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
@@ -84,7 +87,7 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
 
 @pytest.mark.parametrize("rows, message", [
     ([{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"], "data.jsonl:2: not valid JSON"),
-    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no 'answer'"),
+    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no 'answer,"),
     ([], "data.jsonl: no rows"),
 ])
 def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
@@ -95,13 +98,31 @@ def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
 
 @pytest.mark.parametrize("body, message", [
     ("raise KeyError('unit')", "the reward function raised KeyError: 'unit'"),
-    ("return float('nan')", "the reward function returned nan"),
+    ("return float('nan')", "the reward function returned score=nan"),
 ])
 def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path, body, message):
     with pytest.raises(SystemExit, match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response \(.*\): {message}"):
         start(write_reward(tmp_path, body))
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/last_good_model").exists()
     start("total_training_steps=1")  # so the same directory is free once the mistake is mended
+
+
+def test_a_verifier_that_trips_over_some_texts_does_not_end_the_run(start, tmp_path, capsys):
+    """And what it says of them cannot steer the terminal."""
+    body = "if '=' in response: raise ValueError('\\x1b[2J\\n\\u202e' + response[:3])\n    return float(len(response) % 2)"
+    run_dir = start(write_reward(tmp_path, body), "total_training_steps=1")
+    _, last = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert last["reward/errors"] > 0 and last["groups/trained"] == 4
+    warning, = re.findall("^warning: [0-9]+ responses count as wrong: .*$", capsys.readouterr().out, re.MULTILINE)[-1:]
+    assert r"raised ValueError: \x1b[2J\n\u202e" in warning and "\x1b" not in warning and "\u202e" not in warning
+
+
+def test_the_config_and_the_model_are_doubted_aloud(start, capsys, monkeypatch):
+    monkeypatch.setattr(run, "stop_token_ids", lambda policy, tokenizer: [0, 3])
+    start("rollout.top_p=0.9", "total_training_steps=1", "val.file=")
+    out = capsys.readouterr().out
+    assert "warning: rollout.top_p=0.9: ratios are taken against a distribution that was not sampled from; 1.0 is sound" in out
+    assert "warning: 2 tokens end a response, '<eos>', '2': make sure that the model means each of them so" in out
 
 
 def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
@@ -112,11 +133,11 @@ def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
 
 
 def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path, monkeypatch):
-    """The reward breaks at a certain step; metrics so far and the policy as it was are on disk."""
+    """The reward breaks for good at a certain step; metrics so far and the policy as it was are on disk."""
     body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
             "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
     monkeypatch.setattr(run, "cores_of_each", lambda accelerator: 1)  # it counts
-    with pytest.raises(SystemExit, match=r"step 2, prompt .*enough at mine.py:4. The policy as it was is in .*last_good_model"):
-        start(write_reward(tmp_path, body))
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(SystemExit, match=r"step [23], prompt .*enough at mine.py:4. The policy as it was is in .*last_good_model"):
+        start(write_reward(tmp_path, body), "total_training_steps=3")
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) in (2, 3)
     assert (tmp_path / "run/last_good_model/model.safetensors").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import read_rules
+from reward import judge, load_verifier
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,9 +49,22 @@ def test_every_metric_of_a_run_is_defined(start):
 def test_the_readmes_reward_runs(start, tmp_path):
     (example,) = re.findall(r"```python\n(# my_reward\.py\n.*?)```", README, re.DOTALL)
     (tmp_path / "my_reward.py").write_text(example)
-    run_dir = start(f"reward.name={tmp_path / 'my_reward.py'}:score", "total_training_steps=1", "filter_groups.metric=score")
+    (overrides,) = re.findall(r"run_dir=runs/mine (.*)$", README, re.MULTILINE)
+    overrides = overrides.replace("my_reward.py", str(tmp_path / "my_reward.py")).split()
+    run_dir = start(*overrides, "total_training_steps=1", "filter_groups.metric=score")
     samples = [json.loads(line) for line in (run_dir / "rollouts/step_00001.jsonl").read_text().splitlines()]
-    assert {abs(s["score"]) for s in samples} - {1.0}  # levels
+    assert max(s["verdict/score"] for s in samples) > 1.1 and len({s["verdict/rank"] for s in samples}) > 2  # levels, ranks
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"verdict/score", "verdict/rank", "verdict/score/brevity", "val/val/verdict/rank"} <= last.keys()
+
+
+def test_verls_compute_score_fits_as_the_readme_says(tmp_path):
+    (adapter,) = re.findall(r"`(def score\(response, ground_truth, data_source.*?)`", README)
+    (tmp_path / "mine.py").write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+                                      f"    return float((data_source, solution_str, extra_info['i']) == ('s', ground_truth, 3))\n{adapter}\n")
+    verifier = load_verifier(f"{tmp_path / 'mine.py'}:score")
+    verdicts = judge(verifier, ["6", "7"], "6", {"data_source": "s", "extra_info": {"i": 3}, "ability": "MATH"})
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0]
 
 
 def test_the_readmes_own_data_example_runs(start, tmp_path):

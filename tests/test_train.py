@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -111,7 +112,7 @@ def test_responses_without_a_verdict_are_counted(make_run):
     run, prompts = make_run("total_training_steps=1")
     hang = replace(run, judge=lambda tasks: [[TIMED_OUT if i % 3 == 0 else score for i, score in enumerate(group)] for group in run.judge(tasks)])
     ((metrics, _, _),) = train(hang, prompts, Counter())
-    assert metrics["reward/timeouts"] == sum(-(-size // 3) for size in [24] * metrics["gen_batches"])
+    assert metrics["reward/timeouts"] == metrics["gen_batches"] * 6 * 2  # of four responses to six prompts, the first and the last
     assert metrics["groups/trained"] == 4
 
 
@@ -556,3 +557,39 @@ def test_no_function_is_longer_than_fifty_lines():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 50, f"{path.name}:{node.name}"
+
+
+# ---- verdicts and validation sets ----
+
+def test_columns_of_verifiers_become_metrics(start):
+    run_dir = start("reward.name=math,toy", "reward.weights=1,0.5", "total_training_steps=1")
+    before, first = rows(run_dir)
+    assert 0 < first["verdict/toy/work_shown"] < 1 and 0 < before["val/val/verdict/toy/work_shown"] < 1
+    assert first["reward/score"] == pytest.approx(1.5 * first["verdict/math"]) and first["verdict/math"] == first["verdict/toy"]
+    sample = json.loads((run_dir / "rollouts/step_00001.jsonl").read_text().splitlines()[0])
+    assert sample["score"] == 1.5 * sample["verdict/math"] and "verdict/toy/work_shown" in sample
+
+
+def test_each_validation_set_has_metrics_and_a_table_of_its_own(start, tmp_path, capsys):
+    (tmp_path / "easy.jsonl").write_text('{"problem": "a1 b+2?", "answer": 3}\n')
+    run_dir = start(f"val.file=toy/val.jsonl, {tmp_path / 'easy.jsonl'}", "total_training_steps=1", "save_every=1")
+    assert all({"val/val/avg@2", "val/easy/avg@2", "val/easy/maj@2"} <= row.keys() for row in rows(run_dir))
+    out = capsys.readouterr().out
+    assert re.search("^val\\n.*before.*^easy\\n.*before", out, re.MULTILINE | re.DOTALL)
+    start(f"val.file=toy/val.jsonl, {tmp_path / 'easy.jsonl'}", "total_training_steps=2", "save_every=1")
+    assert re.search("easy\\n +before +after", capsys.readouterr().out)  # kept over a restart
+
+
+def test_a_mixture_trains_and_goes_on(start, tmp_path):
+    """Prompts come 1 to 1 from files of very unlike sizes; a run that is resumed draws on."""
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"prompt": f"a{i} b+2?", "answer": str((i + 2) % 10)}) + "\n" for i in range(3)))
+    mixed = [f"data.train_file=toy/train.jsonl,{tmp_path / 'few.jsonl'}", "data.train_weights=1,1", "val.file=", "save_every=1",
+             "save_rollouts=99", "filter_groups.enable=false"]
+    start(*mixed, "total_training_steps=1")
+    run_dir = start(*mixed, "total_training_steps=2")
+    samples = [json.loads(line) for path in sorted((run_dir / "rollouts").iterdir()) for line in path.read_text().splitlines()]
+    prompts = [samples[at]["prompt"] for at in range(0, len(samples), 4)]
+    assert [samples[at]["position"] for at in range(0, len(samples), 4)] == list(range(8))
+    assert sum(prompt in ("a0 b+2?", "a1 b+2?", "a2 b+2?") for prompt in prompts) == 4
+    with pytest.raises(SystemExit, match="data.train_weights: 1,1 -> 2,1"):
+        start(*mixed, "data.train_weights=2,1", "total_training_steps=3")
