@@ -204,20 +204,7 @@ def check_config(config: SimpleNamespace) -> None:
     if config.filter_groups.enable and 0 < most < config.data.train_batch_size:
         raise ValueError(f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never fill "
                          f"data.train_batch_size={config.data.train_batch_size}: raise one of the two")
-    weights, files = listed(config.data.train_weights), listed(config.data.train_file)
-    if weights and (len(weights) != len(files) or not all(re.fullmatch("0*[1-9][0-9]{0,3}", w) for w in weights)):
-        raise ValueError(f"data.train_weights={config.data.train_weights!r}: a whole number from 1 to 9999 for each of "
-                         f"the {len(files)} of data.train_file is expected, separated by commas")
-    if not files:
-        raise ValueError("data.train_file names no file")
-    names = listed(config.reward.name)
-    try:
-        complete = len([float(weight) for weight in listed(config.reward.weights)]) == len(names) > 0
-    except ValueError:
-        complete = False
-    if not complete:
-        raise ValueError(f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
-                         "reward.name is expected, separated by commas")
+    check_lists(config)
     if "{prompt}" not in config.data.prompt_template:
         raise ValueError("data.prompt_template has no {prompt}: every prompt would be the same")
     try:
@@ -239,3 +226,21 @@ def check_config(config: SimpleNamespace) -> None:
                              "its own, --tensor-parallel-size: set it to 1 here")
     if 0 < config.actor.clip_ratio_c <= 1:
         raise ValueError(f"actor.clip_ratio_c={config.actor.clip_ratio_c} must be above 1, or 0 (off)")
+
+
+def check_lists(config: SimpleNamespace) -> None:
+    """The same of values that hold several, separated by commas."""
+    weights, files = listed(config.data.train_weights), listed(config.data.train_file)
+    if not files:
+        raise ValueError("data.train_file names no file")
+    if weights and (len(weights) != len(files) or not all(re.fullmatch("[1-9][0-9]{0,3}", part) for part in weights)):
+        raise ValueError(f"data.train_weights={config.data.train_weights!r}: a whole number from 1 to 9999 for each of "
+                         f"the {len(files)} of data.train_file is expected, separated by commas")
+    names = listed(config.reward.name)
+    try:
+        finite = [math.isfinite(float(weight)) for weight in listed(config.reward.weights)]
+    except ValueError:
+        finite = []
+    if not finite or not all(finite) or len(finite) != len(names):
+        raise ValueError(f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
+                         "reward.name is expected, separated by commas")

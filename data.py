@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from config import listed
 
+FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; what is longer is no row, but a file that is something else
 CHUNK = 1024  # rows at a time: as many prompts are tokenized together
 
@@ -50,12 +52,13 @@ class Data:
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """(place, row) for every row of a .jsonl or .parquet file, or of `owner/name[[:config]:split]` on the hub, or of
     a directory as the hub has them. Raises ValueError with the place of what cannot be read, and the repair."""
-    if source.endswith(".parquet") and Path(source).is_file():
-        return read_parquet(source)
+    kind = Path(source).suffix.lower()
     if Path(source).is_file():
-        return read_jsonl(source)
-    if Path(source.partition(":")[0]).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", source) \
-            and not source.endswith((".jsonl", ".json", ".parquet"))):
+        if kind not in FILES:
+            raise ValueError(f"{source}: neither .jsonl nor .parquet: convert it to one of them")
+        return read_parquet(source) if kind == ".parquet" else read_jsonl(source)
+    if Path(source.partition(":")[0]).is_dir() or (
+            kind not in FILES and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", source)):
         return read_hub(source)
     raise ValueError(f"{source}: no such data file")
 
@@ -81,8 +84,8 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
             if isinstance(row, dict):
                 yield place, row
             elif text.strip():
-                raise ValueError(f"{place}: a JSON object is expected, found {type(row).__name__}: mend or delete "
-                                 "this line")
+                raise ValueError(f"{place}: a JSON object on each line is expected, found {type(row).__name__}: mend "
+                                 "or delete this line")
 
 
 def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
@@ -95,7 +98,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as Parquet after row {number} ({' '.join(str(error).split())[:200]}): "
                          "it may be cut; fetch or write it again") from error
 
@@ -152,6 +155,8 @@ def read_answer(place: str, row: dict, data: SimpleNamespace) -> str:
         raise ValueError(f"{place}: " + (
             missing("answer_key", row, data) if answer is None else f"the answer is {repr(answer)[:60]}: a text or a "
             "number is expected; set data.answer_key (a verifier gets all columns besides), or mend the row"))
+    if isinstance(answer, float):
+        answer = f"{Decimal(repr(answer)):f}"  # as answers are written: 1e-5 is 0.00001
     if not data.answer_regex:
         return str(answer)
     match = re.search(data.answer_regex, str(answer))
@@ -163,7 +168,8 @@ def read_answer(place: str, row: dict, data: SimpleNamespace) -> str:
 
 def missing(option: str, row: dict, data: SimpleNamespace) -> str:
     """What to say of a row that lacks what `data.<option>` names."""
-    return f"no {getattr(data, option)!r} (it has: {', '.join(map(str, row))}): set data.{option}, or mend the row"
+    columns = ", ".join(map(str, row))
+    return f"no {getattr(data, option)!r}, or nothing in it (it has: {columns}): set data.{option}, or mend the row"
 
 
 def tokenize(tasks: list[Task], tokenizer, data: SimpleNamespace) -> list[tuple[str, list[int]]]:
@@ -260,19 +266,25 @@ def load_data(config: SimpleNamespace, tokenizer, say: Callable[[str], None], tr
     parts = [load_source(source, tokenizer, config, 0, known, say)
              for source in listed(config.data.train_file) if training]
     train = list(zip(weights, parts, strict=True)) if weights and training else [(1, [*chain(*parts)])]
-    val, of_val = {}, {}
-    for source in listed(config.val.file):
-        name = Path(source.partition(":")[0]).stem
-        if name in val:
-            raise ValueError(f"val.file: two sets are called {name}, and so would be their metrics: rename one")
+    val, sources = {}, listed(config.val.file)
+    for source in sources:
+        of_val: dict[Task, Prompt] = {}
         try:
-            val[name] = load_source(source, tokenizer, config, config.val.max_prompts, of_val := {}, say)
+            prompts = load_source(source, tokenizer, config, config.val.max_prompts, of_val, say)
         except ValueError as error:
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` goes without)"
                              ) from error
+        alike = [other for other in sources if set_name(other) == set_name(source)]
+        val[set_name(source) if len(alike) == 1 else source] = prompts
         if leaked := len(of_val.keys() & known.keys()):
             say(f"warning: {source}: {leaked} of its {len(of_val)} prompts are in data.train_file too")
     return Data(train, val)
+
+
+def set_name(source: str) -> str:
+    """What a validation set is called, where no other is: the name of its file, or of the data set."""
+    path = Path(source.partition(":")[0])
+    return path.stem if path.suffix.lower() in FILES else path.name
 
 
 def load_source(source: str, tokenizer, config: SimpleNamespace, max_prompts: int, known: dict,
@@ -285,9 +297,12 @@ def load_source(source: str, tokenizer, config: SimpleNamespace, max_prompts: in
     finally:
         gc.enable()
     repeated, overlong, cut = counts["repeated"], counts["overlong"], data.overlong_prompts == "truncate_left"
-    say(f"{source}: {len(prompts)} prompts" + f"; {repeated} rows that repeat one were dropped" * (
-        repeated > 0 and data.dedup) + f"; {overlong} of more than {data.max_prompt_length} tokens were dropped" * (
-        overlong > 0 and not cut))
+    found = [f"{source}: {len(prompts)} prompts"]
+    if repeated and data.dedup:
+        found.append(f"{repeated} rows that repeat one were dropped")
+    if overlong and not cut:
+        found.append(f"{overlong} of more than {data.max_prompt_length} tokens were dropped")
+    say("; ".join(found))
     if repeated and not data.dedup:
         say(f"warning: {source}: {repeated} of {counts['rows']} rows repeat a prompt, and count as often: "
             "data.dedup=true drops them")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from config import printable
-from data import Prompt
+from data import Prompt, find_column
 from reward import Score, mean_columns
 from rollout import Response
 
@@ -52,8 +52,8 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
     """Sum up what was written and how it was judged, for each level of `level_key` where the data have that column."""
     levels: dict = {}
     for i, prompt in enumerate(prompts):
-        if level_key in prompt.row:
-            levels.setdefault(prompt.row[level_key], []).append(i)
+        if (level := find_column(prompt.row, level_key)) is not None:
+            levels.setdefault(level if isinstance(level, (int, float)) else str(level), []).append(i)
     by_level = {f"{level_key} {level}": summarise([responses[i] for i in rows], [scores[i] for i in rows])
                 for level, rows in sorted(levels.items(), key=lambda item: (str(type(item[0])), item[0]))}
     return Evaluation(summarise(responses, scores), by_level, prompts[0].text, prompts[0].answer,
@@ -84,11 +84,11 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 
 def main() -> None:
     """Generate, judge and print the table."""
-    from config import one_line_errors, read_command_line
+    from config import listed, one_line_errors, read_command_line
     from run import set_up, sync_weights
     from train_dapo import validate  # which imports this module
     config = read_command_line("Judge a model on the validation data of a config.")
-    if not config.val.file:
+    if not listed(config.val.file):
         raise SystemExit("error: val.file names no data to evaluate on")
     config.run_dir += "/evaluate"  # where servers find the weights: not those of a run that goes on
     run, data = set_up(config, training=False)

@@ -18,18 +18,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from threading import Lock, Semaphore
 
-from reward import TIMED_OUT, Score, is_batched, judge, load_verifier, weigh
+from reward import TIMED_OUT, Score, answer_alone, is_batched, judge, load_verifier, weigh
 
 QUICK = ("math", "math_strict_box", "toy")  # bounded work, of microseconds: they need no process of their own
 MEMORY = 8 * 2**30  # bytes of address space, a worker
 START = 60.0  # seconds that a verifier's imports may take
-PATIENCE = 0.1  # seconds after which a call gives way: it no longer counts as one that runs, so the next may start
-GIVE_WAY = 10  # and its process gets this niceness, about a tenth of another's share of a core
+PATIENCE = 0.15  # seconds after which a call gives way: it no longer counts as one that runs, so the next may start
+GIVE_WAY = 15  # and its process gets this niceness, a small part of the share that the others have
 CROWD = 4  # times as many may be under way in all: each then has a quarter of the time that it would have alone
 NOTHING, GONE = object(), object()  # a process says nothing yet; or never will
+NO_VERDICT = "memory"  # a worker's last word: there was not enough
 
 Task = tuple[list[str], str, dict]  # responses to a prompt, its ground truth, its row
 Verdicts = list[Score] | str  # or why the verifier failed
@@ -38,9 +40,12 @@ Judge = Callable[[Sequence[Task]], list[list[Score | str]]]
 
 def make_judge(names: Sequence[str], weights: Sequence[float], workers: int, timeout: float) -> Judge:
     """What judges with all of these verifiers, as `reward.weigh` has it. The rest is as in `make_single_judge`."""
-    judges = {name.rpartition(":")[2]: make_single_judge(name, workers, timeout) for name in names}
-    if len(judges) < len(names):
-        raise ValueError(f"reward.name: two of {', '.join(names)} have the same name, and so would their metrics")
+    labels = [name.rpartition(":")[2] for name in names]
+    if len(set(labels)) < len(names):
+        labels = names  # their files tell them apart
+    if len(set(labels)) < len(names):
+        raise ValueError(f"reward.name: {', '.join(names)} has one of them twice: give it the sum of its weights")
+    judges = {label: make_single_judge(name, workers, timeout) for label, name in zip(labels, names, strict=True)}
     if list(weights) == [1.0]:
         return judges.popitem()[1]
 
@@ -72,7 +77,7 @@ def make_single_judge(name: str, workers: int, timeout: float) -> Judge:
                 worker, fresh = start_worker(nursery), True
             say(worker.socket, task)
             answer = hear(worker.socket, min(PATIENCE, timeout))
-        if answer is not NOTHING and answer is not GONE:
+        if answer not in (NOTHING, GONE, NO_VERDICT):
             idle.append(worker)
             return answer
         if answer is NOTHING:
@@ -80,7 +85,7 @@ def make_single_judge(name: str, workers: int, timeout: float) -> Judge:
                 os.setpriority(os.PRIO_PGRP, worker.pid, GIVE_WAY)
             answer = hear(worker.socket, timeout - PATIENCE)
         stop(nursery, worker)  # also where it was but slow: niceness is for good
-        if answer is NOTHING or (answer is GONE and fresh):
+        if answer in (NOTHING, NO_VERDICT) or (answer is GONE and fresh):
             return [TIMED_OUT] * len(task[0])
         return judge_one(task, fresh=True) if answer is GONE else answer  # an old one died: of this?
     threads = ThreadPoolExecutor(CROWD * workers)
@@ -91,7 +96,18 @@ def make_single_judge(name: str, workers: int, timeout: float) -> Judge:
         verdicts = (verdict for call, answer in zip(calls, threads.map(judge_one, calls), strict=True)
                     for verdict in ([answer] * len(call[0]) if isinstance(answer, str) else answer))
         return [list(islice(verdicts, len(responses))) for responses, *_ in tasks]
-    return judge_all
+    return partial(judge_answers, judge_all) if name == "math_verify" else judge_all
+
+
+def judge_answers(judge_all: Judge, tasks: Sequence[Task]) -> list[list[Score | str]]:
+    """The same for a verifier that looks at answers alone: of a prompt's responses, which have few of them, each answer
+    is judged once."""
+    answers = [[answer_alone(response) for response in responses] for responses, *_ in tasks]
+    verdicts = judge_all([(list(dict.fromkeys(found)), truth, {}) for found, (_, truth, _) in
+                          zip(answers, tasks, strict=True)])
+    by_answer = [dict(zip(dict.fromkeys(found), judged, strict=True)) for found, judged in
+                 zip(answers, verdicts, strict=True)]
+    return [[judged[answer] for answer in found] for found, judged in zip(answers, by_answer, strict=True)]
 
 
 # ---- the trainer's side -----------------------------------------------------------------------------------------
@@ -178,7 +194,15 @@ def hear(whom: socket.socket, seconds: float | None = None):
 def nurse(orders: socket.socket) -> None:
     """The life of a nursery: load a verifier, then fork and end workers until there is nobody to order any."""
     import resource
-    die_with_parent()
+    pids = set()
+
+    def close(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for pid in pids:
+            kill(pid)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, close)
+    die_with_parent(signal.SIGTERM)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     with suppress(ValueError, OSError):  # macOS has no such limit
@@ -192,41 +216,55 @@ def nurse(orders: socket.socket) -> None:
     while True:
         message, connections, *_ = socket.recv_fds(orders, 8, 1)
         if not message:
-            return None
+            return close()
         pid = int.from_bytes(message)
         if pid:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            pids.discard(pid)
+            kill(pid)
         elif pid := os.fork():
+            pids.add(pid)
             os.close(connections[0])
             with suppress(PermissionError, ProcessLookupError):  # it has done so itself, or is gone
                 os.setpgid(pid, pid)
         else:
             orders.close()
-            os.setpgid(0, 0)
             work(verifier, socket.socket(fileno=connections[0]))
         orders.sendall(pid.to_bytes(8))
 
 
+def kill(pid: int) -> None:
+    """End a worker and what it has started, but for what went into sessions of its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):  # a signal came while it was waited for
+        os.waitpid(pid, 0)
+
+
 def work(verifier: Callable, tasks: socket.socket) -> None:
     """The life of a worker: judge until there are no more tasks, or no more memory. Does not return."""
-    die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(signal.SIGKILL)
+    os.setpgid(0, 0)
     os.set_inheritable(tasks.fileno(), False)
+    me = os.getpid()
     while (task := hear(tasks)) is not GONE:
         try:
-            say(tasks, judge(verifier, *task))
-        except ValueError as error:
+            answer = judge(verifier, *task)
+        except BaseException as error:  # sys.exit, too
             if isinstance(error.__cause__, MemoryError):
+                say(tasks, NO_VERDICT)
                 break
-            say(tasks, str(error))
+            answer = str(error) if isinstance(error, ValueError) else f"the reward function ended in {error!r:.300}"
+        if os.getpid() != me:  # a copy that the verifier has made of it
+            break
+        say(tasks, answer)
     os._exit(0)
 
 
-def die_with_parent() -> None:
+def die_with_parent(sign: signal.Signals) -> None:
     """Not to outlive a trainer that was killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, int(sign))  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

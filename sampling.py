@@ -71,7 +71,7 @@ def make_rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _epoch_order(num_prompts: int, seed: int, epoch: int, part: int) -> np.ndarray:
     return make_rng(seed, "prompt order", epoch, part).permutation(num_prompts)
 

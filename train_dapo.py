@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import PicklingError
 from types import SimpleNamespace
 
 import numpy as np
@@ -353,30 +352,33 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
     rows = sorted((row for positions, packed, scores, _ in results
                    for row in zip(positions, unpack(packed, n), scores, strict=True)), key=lambda row: row[0])
     timer.tokens["generate"] += sum(len(response.token_ids) for _, group, _ in rows for response in group)
-    return [responses for _, responses, _ in rows], [scores for *_, scores in rows]
+    return [responses for _, responses, _ in rows], without_failures(run, purpose, [scores for *_, scores in rows])
 
 
-def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[list[list[Score]], str]:
-    """A score for every response; and, where the policy failed, or the verifier on all of them, on what and how.
+def without_failures(run: Run, purpose: str, verdicts: list[list[Score | str]]) -> list[list[Score]]:
+    """Where the verifier failed on some responses, it has met texts that it did not expect: those are wrong. Where on
+    all, raises SystemExit."""
+    failures = [verdict for judged in verdicts for verdict in judged if isinstance(verdict, str)]
+    if failures and len(failures) == sum(map(len, verdicts)):
+        raise SystemExit(f"error: {purpose}, {printable(failures[0])}")
+    if failures and run.accelerator.is_main_process:
+        tqdm.write(f"warning: {purpose}, {len(failures)} responses count as wrong, as {printable(failures[0])}")
+    return [[FAILED if isinstance(verdict, str) else verdict for verdict in judged] for judged in verdicts]
 
-    A verifier that fails on some has met a text that it did not expect: those are wrong.
-    """
+
+def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[list[list[Score | str]], str]:
+    """For every response a score, or how the verifier failed on it; and what else failed, and how."""
     for prompt, group in zip(prompts, responses, strict=True):
         if not all(np.isfinite(response.logprobs).all() for response in group):
             return [], f"prompt {prompt.id}: log-probs are not finite; the policy has diverged, or its numbers overflow"
     try:
         verdicts = judge([([response.text for response in group], prompt.answer, prompt.row)
                           for prompt, group in zip(prompts, responses, strict=True)])
-    except (ValueError, OSError, TypeError, PicklingError) as error:  # no worker, or a row that cannot travel
-        return [], str(error)
-    failures = [f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
-                for prompt, group, judged in zip(prompts, responses, verdicts, strict=True)
-                for response, verdict in zip(group, judged, strict=True) if isinstance(verdict, str)]
-    if failures and len(failures) == sum(map(len, verdicts)):
-        return [], failures[0]
-    if failures:
-        tqdm.write(f"warning: {len(failures)} responses count as wrong: {printable(failures[0])}")
-    return [[FAILED if isinstance(verdict, str) else verdict for verdict in judged] for judged in verdicts], ""
+    except Exception as error:  # no worker, or a row that cannot travel; the other processes are to hear of it
+        return [], f"{type(error).__name__}: {error}"
+    return [[f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
+             if isinstance(verdict, str) else verdict for response, verdict in zip(group, judged, strict=True)]
+            for prompt, group, judged in zip(prompts, responses, verdicts, strict=True)], ""
 
 
 @torch.no_grad()

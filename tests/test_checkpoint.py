@@ -16,7 +16,8 @@ from filelock import FileLock
 
 import train_dapo
 from checkpoint import find_checkpoint, newest_first
-from sampling import Prompt, draw_prompts
+from data import Prompt
+from sampling import draw_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import differences, kill_and_resume
@@ -251,7 +252,7 @@ def test_saving_before_anything_was_learned_changes_nothing(start, tmp_path):
     """torch's way to ask an optimizer for its state is to let it take a step."""
     lines = (ROOT / "toy/train.jsonl").read_text().splitlines()
     rows = [Prompt(i, "", [], "", json.loads(line)) for i, line in enumerate(lines)]
-    first = [prompt.row["prompt"] for _, prompt in draw_prompts(rows, 0, 6, seed=0)]
+    first = [prompt.row["prompt"] for _, prompt in draw_prompts([(1, rows)], 0, 6, seed=0)]
     (tmp_path / "reward.py").write_text("def score(response, ground_truth, prompt, **row):\n    return float("
                                         f"prompt not in {first!r} and len(response) % 2)\n")
     overrides = ["val.file=", "total_training_steps=3", f"reward.name={tmp_path / 'reward.py'}:score",

@@ -168,8 +168,8 @@ def test_several_validation_sets_go_by_their_names(tmp_path, tokenizer):
     (tmp_path / "c").mkdir()
     data, _ = load_all(tokenizer, f"val.file={a},toy/val.jsonl", "val.max_prompts=3")
     assert {name: len(prompts) for name, prompts in data.val.items()} == {"a": 1, "val": 3}
-    with pytest.raises(ValueError, match="two sets are called a"):
-        load_all(tokenizer, f"val.file={a},{write(tmp_path / 'c/a.jsonl', {'prompt': 'a1', 'answer': '1'})}")
+    other = write(tmp_path / "c/a.jsonl", {"prompt": "a1", "answer": "1"})
+    assert load_all(tokenizer, f"val.file={a},{other}")[0].val.keys() == {a, other}  # two of one name go by their paths
 
 
 def test_what_ruins_runs_is_said_at_the_start(path, tokenizer):
@@ -207,9 +207,9 @@ GOOD = {"prompt": "a1", "answer": "1"}
     ([json.dumps(GOOD), '{"prompt": '], ":2: not valid JSON .*mend or delete this line"),
     (["[" * 100_000], ":1: not valid JSON .*mend or delete this line"),
     (['{"prompt": "a1", "answer": ' + "1" * 5000 + "}"], ":1: not valid JSON .*mend or delete this line"),
-    (["[1, 2]"], ":1: a JSON object is expected, found list: mend or delete this line"),
-    ([GOOD, {"task": "a1"}], ":2: no 'prompt,question,problem' .it has: task.: set data.prompt_key, or mend the row"),
-    ([{"prompt": "a1"}], ":1: no 'answer,reward_model.ground_truth' .*: set data.answer_key, or mend the row"),
+    (["[1, 2]"], ":1: a JSON object on each line is expected, found list: mend or delete this line"),
+    ([GOOD, {"task": "a1"}], ":2: no 'prompt,question,problem', or nothing in it .it has: task.: set data.prompt_key, or mend"),
+    ([{"prompt": "a1"}], ":1: no 'answer,reward_model.ground_truth', .*: set data.answer_key, or mend the row"),
     ([{"prompt": "a1", "answer": None}], ":1: no 'answer.*mend the row"),
     ([{"prompt": "a1", "answer": float("nan")}], ":1: no 'answer.*mend the row"),
     ([{"prompt": "", "answer": "1"}], ":1: no 'prompt.*mend the row"),
@@ -264,10 +264,22 @@ def test_a_parquet_row_without_its_columns_is_named(tmp_path, tokenizer):
         load_prompts(path, tokenizer, how())
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere.parquet", "no/where.jsonl", "a/b/c", "data.csv"])
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere.parquet", "no/where.jsonl", "a/b/c", "data.csv", "no/where.PARQUET"])
 def test_a_file_that_is_not_there_is_said_to_be(source):
     with pytest.raises(ValueError, match=f"{source}: no such data file"):
         read_rows(source)
+
+
+def test_a_file_of_another_kind_is_said_to_be(tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,answer\na1,1\n")
+    with pytest.raises(ValueError, match="data.csv: neither .jsonl nor .parquet: convert it to one of them"):
+        read_rows(str(tmp_path / "data.csv"))
+
+
+def test_numbers_are_answers_as_they_are_written(path, tokenizer):
+    write(path, *({"prompt": f"a{i}", "answer": answer} for i, answer in enumerate((7, 7.5, 1e22, 1e-5, "1e5"))))
+    assert [p.answer for p in load_prompts(str(path), tokenizer, how())[0]] == [
+        "7", "7.5", "1" + "0" * 22, "0.00001", "1e5"]
 
 
 def test_a_template_that_refuses_is_named_with_the_row(path, chat):

@@ -70,7 +70,7 @@ def test_real_steps_on_the_real_file(start, tiny_qwen, gsm8k, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what, count", [("drop", "; [0-9]+ of more than 150 tokens were dropped"),
-                                         ("truncate_left", "747[23] prompts; [0-9]+ of more than 150 tokens were cut on the left")])
+                                         ("truncate_left", "747[23] prompts\nwarning: .*: [0-9]+ prompts of more than 150 tokens were cut on the left")])
 def test_long_prompts_are_dropped_or_cut_and_counted(start, tiny_qwen, gsm8k, tmp_path, capsys, what, count):
     start(*real(tiny_qwen, gsm8k, tmp_path, "data.max_prompt_length=150", f"data.overlong_prompts={what}", "total_training_steps=1",
                 "val.max_prompts=6"), config=RECIPE)
@@ -85,9 +85,23 @@ def test_the_math_verifier_on_a_random_model_skips_steps_and_says_why(start, tin
                     "filter_groups.max_skipped_steps=1", "val.file="), config=RECIPE)
 
 
-def test_aime_trains_too(start, tiny_qwen, gsm8k, tmp_path):
-    (tmp_path / "length.py").write_text("def score(response, ground_truth, **row):\n    return len(response)\n")
-    run_dir = start(*real(tiny_qwen, gsm8k, tmp_path, f"data.train_file={DATA / 'aime24.jsonl'}", "data.prompt_key=problem",
-                          "data.answer_regex=", "val.file=", f"reward.name={tmp_path / 'length.py'}:score",
+def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k, tmp_path, capsys):
+    """AIME in verl's layout, in Parquet, each problem 32 times; mixed one to one with GSM8K; both validate."""
+    from datasets import Dataset
+    (tmp_path / "length.py").write_text("def score(response, ground_truth, **row):\n"
+                                        "    return {'score': len(response), 'is_aime': row.get('data_source') == 'aime'}\n")
+    Dataset.from_list([{"data_source": "aime", "prompt": [{"role": "user", "content": row["problem"]}], "ability": "MATH",
+                        "reward_model": {"style": "rule", "ground_truth": row["answer"]}, "extra_info": {"index": i}}
+                       for i, row in enumerate(map(json.loads, whole_rows("aime24.jsonl")))] * 32
+                      ).to_parquet(tmp_path / "aime-2024.parquet")
+    aime = str(tmp_path / "aime-2024.parquet")
+    run_dir = start(*real(tiny_qwen, gsm8k, tmp_path, f"data.train_file={gsm8k},{aime}", "data.train_weights=1,1", "data.dedup=true",
+                          r"data.answer_regex=([-\d,.]+)\s*$", f"val.file={DATA / 'gsm8k_test.jsonl'},{aime}", "val.max_prompts=3",
+                          "data.max_prompt_length=900", f"reward.name={tmp_path / 'length.py'}:score", "save_rollouts=99",
                           "total_training_steps=1"), config=RECIPE)
-    assert json.loads((run_dir / "metrics.jsonl").read_text())["groups/trained"] == 4
+    out = capsys.readouterr().out
+    assert "aime-2024.parquet: 30 prompts; 930 rows that repeat one were dropped" in out
+    assert "warning: " + aime + ": 3 of its 3 prompts are in data.train_file too" in out
+    first, last = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert first["val/gsm8k_test/verdict/is_aime"] == 0 and first["val/aime-2024/verdict/is_aime"] == 1
+    assert last["groups/trained"] == 4 and 0 < last["verdict/is_aime"] < 1

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward import (
-    FAILED,
     TIMED_OUT,
     Score,
     judge,
@@ -52,13 +51,16 @@ def test_a_buffer_of_the_whole_length_penalises_from_the_first_token():
     ("Answer: 5\nno, wait\nAnswer: 6", "6"), ("Answer: $6$", "6"), ("Answer: \\boxed{6}", "6"), ("**Answer: 6**", "6"),
     ("Answer: 1,234", "1234"), ("Answer: 1234.", "1234"), ("Answer: 1234.50", "1234.5"), ("Answer: $1,234", "1,234"),
     ("Answer: -0", "0"), ("Answer: 007", "7"), ("Answer: .5", "0.5"), ("Answer: +3", "3"), ("Answer: Yes", "yes"),
-    ("**Answer:** 6", "6"), ("**Answer**: 6", "6"), ("Answer: x = 6", "6"), ("Answer: 3 + 3 = 6.", "6"), ("Answer: \\(6\\)", "6"),
+    ("**Answer:** 6", "6"), ("**Answer**: 6", "6"), ("Answer: x = 6", "6"), ("Answer: m + n = 6.", "6"), ("Answer: x = 6", "x=6"), ("Answer: \\(6\\)", "6"),
     ("Answer: 18 dollars", "18"), ("Answer: 18 eggs per day.", "18"), ("Answer: 12 cm^2", "12"), ("Answer: 12\\text{ cm}^2", "12"),
     ("Answer: 60 km/h", "60"), ("Answer: 90^\\circ", "90"), ("Answer: 90°", "90"), ("Answer: \\$18", "18"), ("Answer: €18", "18"),
     ("Answer: 1{,}234", "1234"), ("Answer: 1\\,234", "1234"), ("Answer: \N{MINUS SIGN}6", "-6"), ("Answer: - 6", "-6"),
     ("Answer: 20%", "20%"), ("Answer: 20 \\%", "20%"), ("Answer: 20 percent", "20%"), ("Answer: 20", "20%"), ("Answer: 20%", "20"),
     ("Answer: 3/4", "\\frac{3}{4}"), ("Answer: \\frac34", "3/4"), ("Answer: 6/8", "3/4"), ("Answer: 0.75", "3/4"), ("Answer: -\\dfrac{3}{4}", "-3/4"),
-    ("Answer: \\boxed{\\frac{3}{4}}", "3/4"), ("Answer: 5\\frac{1}{2}", "5 1/2"), ("Answer: (1, 2)", "(1,2)"), ("Answer: x^2 + 1", "x^2+1"),
+    ("Answer: \\boxed{\\frac{3}{4}}", "3/4"), ("Answer: 5\\frac{1}{2}", "5 1/2"), ("Answer: 5 1/2", "11/2"),
+    ("Answer: (A)", "A"), ("Answer: A)", "(A)"), ("Answer: $\\textbf{(B)}$", "B"), ("Answer: (6)", "6"), ("Answer: \\dfrac{\\pi}{2}", "\\frac{\\pi}{2}"),
+    ("Answer: x \\le 3", "x \\leq 3"), ("Answer:\n$$\n6\n$$", "6"), ("Answer:\n\\[\n6\n\\]", "6"), ("\\textbf{Answer:} 6", "6"),
+    ("Answer\N{FULLWIDTH COLON} 6", "6"), ("Answer: 5 cm", "5 cm"), ("Answer: 5", "5 cm"), ("Answer: 3m", "3m"), ("Answer: 5cm.", "5 cm"), ("Answer: (1, 2)", "(1,2)"), ("Answer: x^2 + 1", "x^2+1"),
 ])
 def test_right_answers_however_they_are_written(response, truth):
     assert score_math(response, truth).acc == 1.0
@@ -73,14 +75,18 @@ def test_right_answers_however_they_are_written(response, truth):
     ("Answer: 6x", "6"), ("Answer: 6 x", "6"), ("Answer: 6!", "6"), ("Answer: 6^2", "6"), ("Answer: 6 million", "6"), ("Answer: 6th", "6"),
     ("Answer: 6 0", "60"), ("Answer: 5 1/2", "51/2"), ("Answer: 5\\frac12", "51/2"), ("Answer: 6-7", "6"), ("Answer: 6.5.1", "6.5"),
     ("Answer: x >= 6", "6"), ("Answer: 6e1", "60"), ("Answer: 9**9**9", "6"), ("Answer: 3/0", "3"), ("Answer: 3/0", "3/4"),
-    ("Answer: 6 and a half", "6"), ("Answer: 6 \\pi", "6"), ("\\boxed{6}", "6"), ("Answer: 66" * 100, "6" * 301),
+    ("Answer: 0", "2x - y = 0"), ("Answer: 1", "x^2+y^2=1"), ("Answer: 3", "x=2, y=3"), ("Answer: x=6 or x=5", "5"), ("Answer: 1=2=5", "5"),
+    ("Answer: 1=5", "5"), ("Answer: 6 thousands", "6"), ("Answer: 6 seven", "6"), ("Answer: 11 in base two", "11"), ("Answer: 6M", "6"),
+    ("Answer: 5 cm", "5 m"), ("Answer: 5 m^2", "5 m^3"), ("Answer: 5 minutes", "5 hours"), ("Answer: 20°F", "20°C"), ("Answer: 3", "3m"),
+    ("Answer: 3", "3 xy"), ("Answer: 2", "2h"), ("Answer: 2**5", "25"), ("Answer: $2$$5$", "25"), ("Answer: 5\\(2", "52"),
+    ("Answer: 1\\left0", "10"), ("Answer: 6:30", "6"), ("Answer: B", "A"), ("Answer: (1,2)", "(2,1)"), ("Answer: 6 and a half", "6"), ("Answer: 6 \\pi", "6"), ("\\boxed{6}", "6"), ("Answer: 66" * 100, "6" * 301),
 ])
 def test_wrong_answers_however_near(response, truth):
     assert score_math(response, truth) == Score(0.0, -1.0, score_math(response, truth).pred)
 
 
 @pytest.mark.parametrize("response, truth, right", [
-    ("\\boxed{5} so \\boxed{6}", "6", True), ("\\boxed{\\frac{3}{4}} indeed", "3/4", True), ("\\boxed{6", "6", False), ("Answer: 6", "6", False),
+    ("\\boxed{5} so \\boxed{6}", "6", True), ("\\boxed{\\frac{3}{4}} indeed", "3/4", True), ("\\boxed{6", "6", False), ("\\boxed{6} \\boxed{", "6", True), ("Answer: 6", "6", False),
     ("\\boxed{6}" + "." * 300, "6", False), ("\\boxed{6}\nAnswer: 7", "6", True), ("\\boxed{}", "", False)])
 def test_the_strict_variant_looks_at_the_last_box_alone(response, truth, right):
     assert score_math_strict_box(response, truth).acc == right
@@ -89,7 +95,10 @@ def test_the_strict_variant_looks_at_the_last_box_alone(response, truth, right):
 @pytest.mark.parametrize("response, truth, right", [
     ("Answer: $\\frac{3}{4}$", "0.75", True), ("so \\boxed{x^2+1}", "1+x^2", True), ("Answer: $\\sqrt{8}$", "2\\sqrt{2}", True),
     ("Answer: \\(\\{1,2,3\\}\\)", "\\{3,2,1\\}", True), ("Answer: \\frac{1}{\\sqrt 2}", "\\frac{\\sqrt{2}}{2}", True), ("Answer: 1,234", "1234", True),
-    ("Answer: $\\sqrt{8}$", "3", False), ("7", "7", False), ("Answer: \ud800", "6", False), ("Answer: " + "(" * 200, "6", False), ("", "6", False)])
+    ("Answer: $3+2\\sqrt{2}$", "2\\sqrt 2+3", True), ("Answer: $\\sqrt{8}$", "3", False), ("7", "7", False),
+    ("Answer: $\\sum_{k=1}^{100} k^2$", "338350", False), ("Answer: $\\int_0^1 x^2 dx$", "1/3", False), ("Answer: $10!$", "3628800", False),
+    ("Answer: $2+3$", "5", False), ("Answer: $2 \\cdot 3$", "6", False), ("Answer: $\\sqrt{9}$", "3", False), ("Answer: 12:60", "6:30", False),
+    ("Answer: 1:5", "0.2", False), ("Answer: 1,2", "2,1", False), ("Answer: \ud800", "6", False), ("Answer: " + "(" * 200, "6", False), ("", "6", False)])
 def test_math_verify_knows_what_is_the_same_in_other_words(response, truth, right):
     assert score_math_verify(response, truth).acc == right
 
@@ -224,6 +233,18 @@ def test_a_batched_verifier_that_returns_something_else_is_told(tmp_path, body):
         judge(write_verifier(tmp_path, body, "responses, ground_truth"), ["", ""], "", {})
 
 
+def test_a_verifier_may_call_its_arguments_what_it_likes(tmp_path):
+    verifier = write_verifier(tmp_path, "return float(text == answer)", "text, answer, **row")
+    assert judge(verifier, ["6"], "6", {"text": "5", "answer": "so 6"}) == [Score(1.0, 1.0)]
+
+
+def test_a_verifiers_file_is_a_module_like_any_other(tmp_path):
+    (tmp_path / "helper_of_mine.py").write_text("RIGHT = 3.0\n")
+    (tmp_path / "mine.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\nimport helper_of_mine\n"
+                                      "@dataclass\nclass A:\n    x: int\ndef score(response, ground_truth):\n    return helper_of_mine.RIGHT\n")
+    assert judge(load_verifier(f"{tmp_path / 'mine.py'}:score"), [""], "", {}) == [Score(1.0, 3.0)]
+
+
 def test_a_column_that_the_data_lack_is_named(tmp_path):
     with pytest.raises(ValueError, match="missing 1 required positional argument: 'level'"):
         judge(write_verifier(tmp_path, "return 1", "response, ground_truth, level"), [""], "", {})
@@ -232,8 +253,7 @@ def test_a_column_that_the_data_lack_is_named(tmp_path):
 def test_several_are_weighed_and_each_is_a_column():
     scores = {"math": Score(1.0, 1.0, "6"), "style": Score(0.0, -3.0, "x", {"words": 4.0, "why": "long"})}
     assert weigh(scores, [1.0, 0.5]) == Score(1.0, -0.5, "6", {"math": 1.0, "style": -3.0, "style/words": 4.0, "style/why": "long"})
-    for none in (TIMED_OUT, FAILED):
-        assert weigh(scores | {"style": none}, [1.0, 0.5]) == none
+    assert weigh(scores | {"style": TIMED_OUT}, [1.0, 0.5]) == TIMED_OUT
 
 
 def test_columns_are_averaged_over_those_that_have_them():
