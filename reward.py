@@ -228,7 +228,7 @@ def load_verifier(name: str) -> Callable:
     if name in ("math", "math_strict_box"):
         return globals()[f"score_{name}"]
     if name == "math_verify":
-        for answer in (r"\frac{5\pi}{2}", r"x^{2} \cdot \sqrt{3}", r"\{1, 2\}", "(1, 2)"):  # first times, which are slow
+        for answer in (r"\frac{5\pi}{2}", r"x^{2} \cdot \sqrt{3}", r"\{1, 2\}", "(1, 2)"):  # first times are slow
             score_math_verify(f"Answer: ${answer}$", r"2\pi")
         return score_math_verify
     if name == "toy":

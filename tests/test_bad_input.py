@@ -67,7 +67,7 @@ def write_reward(tmp_path, body):
     (["reward.name=math,toy"], "error: reward.weights='1': a number for each of the 2 of reward.name is expected"),
     (["data.train_weights=x"], "error: data.train_weights='x': a whole number"),
     (["data.max_prompt_length=2"], "error: toy/train.jsonl: all 5000 prompts are longer than data.max_prompt_length=2"),
-    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no 'task' .it has: prompt, answer, level"),
+    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no 'task', or nothing in it .it has: prompt, answer, level"),
     (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no 'task'.*`val.file=` goes without"),
     (["log_with=nothing"], "error: .*nothing"),
     (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
@@ -113,7 +113,7 @@ def test_a_verifier_that_trips_over_some_texts_does_not_end_the_run(start, tmp_p
     run_dir = start(write_reward(tmp_path, body), "total_training_steps=1")
     _, last = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
     assert last["reward/errors"] > 0 and last["groups/trained"] == 4
-    warning, = re.findall("^warning: [0-9]+ responses count as wrong: .*$", capsys.readouterr().out, re.MULTILINE)[-1:]
+    warning, = re.findall("^warning: step 1, [0-9]+ responses count as wrong, as prompt .*$", capsys.readouterr().out, re.MULTILINE)[-1:]
     assert r"raised ValueError: \x1b[2J\n\u202e" in warning and "\x1b" not in warning and "\u202e" not in warning
 
 
