@@ -48,10 +48,10 @@ NUMBER = re.compile(r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)
 GLUED = {"%", "mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "oz", "lb", "lbs", "ml", "hr", "hrs",
          "min", "mins", "mph"}  # units that may touch the number
 UNIT = re.compile(r"([A-Za-z%]+)(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+(?:\^\{?[23]\}?|[²³])?)?[.,;!]*")
-AMOUNTS = re.compile("""or|and|to|not|plus|minus|times|over|by|point|hal(f|ves)|thirds?|quarters?|tenths?|dozens?|
-    hundreds?|thousands?|millions?|billions?|trillions?|lakh|crore|tens|squared|cubed|factorial|choose|pi|mod|modulo|less|more|xor|
-    maybe|wrong|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:twen|thir|for|fif|six|seven|eigh|
-    nine)ty""", re.IGNORECASE | re.VERBOSE)  # words that make it another number
+AMOUNTS = re.compile("""or|and|to|not|plus|minus|times|over|by|point|hal(f|ves)|thirds?|quarters?|tenths?|dozens? |
+    hundreds?|thousands?|millions?|billions?|trillions?|lakh|crore|tens|squared|cubed|factorial|choose|pi|mod|modulo |
+    less|more|xor|maybe|wrong|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve |
+    (?:twen|thir|for|fif|six|seven|eigh|nine)ty""", re.IGNORECASE | re.VERBOSE)  # words that make it another number
 ALGEBRA = re.compile(r"[A-Za-z]| (?!in\b|m\b|[ckm]m\b|k?g\b)[A-Za-z]{1,2}\b")  # a ground truth's 3x, 3 xy
 WORK = re.compile(r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|!|mod|choose")  # left undone
 ARITHMETIC = re.compile(rf"[0-9)}}]\s*(?:[-+*^(]|\\times|\\cdot|\\div)|sqrt|{WORK.pattern}")

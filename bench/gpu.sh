@@ -23,7 +23,7 @@ train() {  # a name, launcher options, --, overrides
   shift
   check "$name" accelerate launch "${options[@]}" train_dapo.py --config config.yaml "$@"
 }
-for bench in logprob_memory update_vs_bare rollout_vs_generate waste scaling; do
+for bench in logprob_memory update_gpu update_vs_bare rollout_vs_generate scaling; do
   check "$bench" python3 "bench/$bench.py"
 done
 small="val.max_prompts=50 actor.max_tokens_per_micro_batch=8192"
