@@ -43,8 +43,8 @@ MARKUP = [(re.compile(pattern), plain) for pattern, plain in (  # in this order;
     (r"\\%|\bpercent\b", "%"), ("[\N{MINUS SIGN}\N{EN DASH}]", "-"))]
 PARENTHESES = re.compile(r"\(?\s*([A-Za-z])\s*\)|\(\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*\)")  # around a choice, or a number
 NAME = re.compile(r"[^=<>!0-9]{1,40}=([^=]+)")  # x = 5, m + n = 25
-NUMBER = re.compile(r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)(?: ([0-9]+) ?(?=/))?"
-                    r"(?: ?/ ?([0-9]+))?(?![0-9])(.*)", re.DOTALL)
+NUMBER = re.compile(r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)"
+                    r"(?:(?: ([0-9]+))? ?/ ?([0-9]+))?(?![0-9])(.*)", re.DOTALL)
 GLUED = {"%", "mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "oz", "lb", "lbs", "ml", "hr", "hrs",
          "min", "mins", "mph"}  # units that may touch the number
 UNIT = re.compile(r"([A-Za-z%]+)(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+(?:\^\{?[23]\}?|[²³])?)?[.,;!]*")

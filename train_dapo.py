@@ -375,7 +375,7 @@ def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[l
         verdicts = judge([([response.text for response in group], prompt.answer, prompt.row)
                           for prompt, group in zip(prompts, responses, strict=True)])
     except Exception as error:  # no worker, or a row that cannot travel; the other processes are to hear of it
-        return [], f"{type(error).__name__}: {error}"
+        return [], str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
     return [[f"prompt {prompt.id} ({prompt.text[-60:]!r}), response ({response.text[-60:]!r}): {verdict}"
              if isinstance(verdict, str) else verdict for response, verdict in zip(group, judged, strict=True)]
             for prompt, group, judged in zip(prompts, responses, verdicts, strict=True)], ""

@@ -74,7 +74,7 @@ def test_right_answers_however_they_are_written(response, truth):
     ("Answer: 48/2", "24"), ("Answer: 12/2", "6"),  # the last division is the policy's
     ("Answer: 6x", "6"), ("Answer: 6 x", "6"), ("Answer: 6!", "6"), ("Answer: 6^2", "6"), ("Answer: 6 million", "6"), ("Answer: 6th", "6"),
     ("Answer: 6 0", "60"), ("Answer: 5 1/2", "51/2"), ("Answer: 5\\frac12", "51/2"), ("Answer: 6-7", "6"), ("Answer: 6.5.1", "6.5"),
-    ("Answer: x >= 6", "6"), ("Answer: 6e1", "60"), ("Answer: 9**9**9", "6"), ("Answer: 3/0", "3"), ("Answer: 3/0", "3/4"),
+    ("Answer: x >= 6", "6"), ("Answer: 6e1", "60"), ("Answer: 9**9**9", "6"), ("Answer: 3/0", "3"), ("Answer: 3/0", "3/4"), ("Answer: 5 1/x", "3/4"), ("Answer: 3 /", "3/4"),
     ("Answer: 0", "2x - y = 0"), ("Answer: 1", "x^2+y^2=1"), ("Answer: 3", "x=2, y=3"), ("Answer: x=6 or x=5", "5"), ("Answer: 1=2=5", "5"),
     ("Answer: 1=5", "5"), ("Answer: 6 thousands", "6"), ("Answer: 6 seven", "6"), ("Answer: 11 in base two", "11"), ("Answer: 6M", "6"),
     ("Answer: 5 cm", "5 m"), ("Answer: 5 m^2", "5 m^3"), ("Answer: 5 minutes", "5 hours"), ("Answer: 20°F", "20°C"), ("Answer: 3", "3m"),
@@ -137,7 +137,7 @@ NASTY = ["Answer: " * 10**5, "Answer:" + " " * 10**6, "{" * 10**6, "Answer: 10**
          "answer" + "*" * 290, "answer" + "\t" * 280 + ":", "Answer: " + "6 " * 140, "Answer: \u0666", "Answer: " + "." * 290,
          "Answer: " + "\\dfrac" * 40, "Answer: 6" + " of" * 90 + " 7", "Answer: 6\u2028Answer: 7", "Answer: {6}" + "%" * 200]
 PIECES = ["Answer:", "answer :", "\n", "\\boxed{", "}", "{", "$", "\\$", "\\frac", "\\text{", "6", "7", "1,234", ".", "-", "/", "=", "%", " ", "^", "\\circ",
-          "dollars", "and", "\x1b[31m", "\x00", "\ud800", "\N{RIGHT-TO-LEFT MARK}", "**", "\\", "9**9**9", "\r", "٦", "⁶", "∞", "nan", "1e999", "0x6"]
+          "dollars", "and", "\x1b[31m", "\x00", "\ud800", "\N{RIGHT-TO-LEFT MARK}", "**", "\\", "9**9**9", "\r", "٦", "⁶", "∞", "nan", "1e999", "0x6", "5 1/", "\\frac12"]
 SEEDS = ["so it is six.\nAnswer: 6", "**Answer:** $\\boxed{\\frac{3}{4}}$", "Answer: 1,234.50 dollars", "Answer: -0.75\\%", "\\boxed{12\\text{ cm}^2}"]
 TRUTHS = ["6", "-1,234.5", "3/4", "20%", "\\frac{\\sqrt{3}}{2}", "yes", "\ud800", "9" * 301]
 
