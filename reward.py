@@ -20,7 +20,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -266,6 +266,11 @@ def judge(verifier: Callable, responses: Sequence[str], ground_truth: str, row: 
     taken, wanted = list(arguments_of(verifier))[:2], arguments_of(verifier)
     columns = {key: value for key, value in row.items() if key not in taken and (
         key in wanted or any(argument.kind is argument.VAR_KEYWORD for argument in wanted.values()))}
+    for name, argument in list(wanted.items())[2:]:
+        if name not in columns and argument.default is argument.empty and argument.kind not in (
+                argument.VAR_KEYWORD, argument.VAR_POSITIONAL):
+            raise ValueError(f"the reward function wants a column {name!r}, which the data lack (they have: "
+                             f"{', '.join(map(str, row))}): give the argument a default, or mend the data")
     try:
         verdicts = (verifier(list(responses), ground_truth, **columns) if is_batched(verifier) else
                     [verifier(response, ground_truth, **columns) for response in responses])
@@ -302,13 +307,18 @@ def weigh(scores: dict[str, Score], weights: Sequence[float]) -> Score:
     """The verdict of several verifiers: the sum of their scores, times their weights. What is right, and the answer,
     is the first one's affair. Each one's score becomes a column."""
     if TIMED_OUT in scores.values():
-        return TIMED_OUT
+        return no_verdict(TIMED_OUT, weights)
     first = next(iter(scores.values()))
     columns = {name: score.score for name, score in scores.items()}
     for name, score in scores.items():
         columns |= {f"{name}/{key}": value for key, value in score.columns.items()}
     return Score(first.acc, sum(weight * score.score for weight, score in zip(weights, scores.values(), strict=True)),
                  first.pred, columns)
+
+
+def no_verdict(kind: Score, weights: Sequence[float]) -> Score:
+    """`TIMED_OUT` or `FAILED`, worth what it is to be wrong to all verifiers: to break one must not pay."""
+    return replace(kind, score=-sum(map(abs, weights)))
 
 
 def mean_columns(scores: Sequence[Score]) -> dict[str, float]:

@@ -37,13 +37,13 @@ from tqdm import tqdm
 from attention import packing, stop_packing
 from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
                         read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
-from config import flatten, one_line_errors, printable, read_command_line
+from config import flatten, listed, one_line_errors, printable, read_command_line
 from data import Data, Mixture, Prompt
 from evaluate import Evaluation, Evaluations, evaluate, format_tables
 from judges import Judge
 from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
 from plot import plot_runs
-from reward import FAILED, TIMED_OUT, Score, mean_columns, overlong_penalty
+from reward import FAILED, TIMED_OUT, Score, mean_columns, no_verdict, overlong_penalty
 from rollout import Response, pack, unpack
 from run import Run, set_up, sync_weights, whole_weights
 from sampling import (Group, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
@@ -358,12 +358,23 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
 def without_failures(run: Run, purpose: str, verdicts: list[list[Score | str]]) -> list[list[Score]]:
     """Where the verifier failed on some responses, it has met texts that it did not expect: those are wrong. Where on
     all, raises SystemExit."""
+    weights = [float(weight) for weight in listed(run.config.reward.weights)]
     failures = [verdict for judged in verdicts for verdict in judged if isinstance(verdict, str)]
+    late = sum(lacks_verdict(verdict, TIMED_OUT) for judged in verdicts for verdict in judged)
     if failures and len(failures) == sum(map(len, verdicts)):
-        raise SystemExit(f"error: {purpose}, {printable(failures[0])}")
+        raise SystemExit(f"error: {purpose}, {printable(failures[0])} (and so on all {len(failures)} responses)")
     if failures and run.accelerator.is_main_process:
         tqdm.write(f"warning: {purpose}, {len(failures)} responses count as wrong, as {printable(failures[0])}")
-    return [[FAILED if isinstance(verdict, str) else verdict for verdict in judged] for judged in verdicts]
+    if late and run.accelerator.is_main_process:
+        tqdm.write(f"warning: {purpose}, {late} responses count as wrong: no verdict within reward.timeout="
+                   f"{run.config.reward.timeout} s, or the verifier died")
+    return [[no_verdict(FAILED, weights) if isinstance(verdict, str) else verdict for verdict in judged]
+            for judged in verdicts]
+
+
+def lacks_verdict(score: Score | str, kind: Score) -> bool:
+    """Whether a score is a `TIMED_OUT` or `FAILED`, whatever that is worth."""
+    return isinstance(score, Score) and score.columns == kind.columns
 
 
 def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[list[list[Score | str]], str]:
@@ -517,8 +528,8 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     return {
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for group in generated for score in group.scores),
-        "reward/timeouts": sum(score == TIMED_OUT for group in generated for score in group.scores),
-        "reward/errors": sum(score == FAILED for group in generated for score in group.scores),
+        "reward/timeouts": sum(lacks_verdict(score, TIMED_OUT) for group in generated for score in group.scores),
+        "reward/errors": sum(lacks_verdict(score, FAILED) for group in generated for score in group.scores),
         **mean_columns([score for group in generated for score in group.scores]),
         "acc/before_filter": mean(score.acc for group in generated for score in group.scores),
         **({"acc/after_filter": mean(score.acc for group in trained for score in group.scores)} if trained else {}),
@@ -632,8 +643,9 @@ def save_results(run: Run) -> None:
 
 def summary(metrics: dict, evaluations: Evaluations) -> str:
     """What the progress bar says of a step."""
-    latest = [of_set.get("after", of_set.get("before")) for of_set in evaluations.values()]
-    accuracy = [f", val {value:.3f}" for figures in latest for name, value in figures.metrics.items() if "avg@" in name]
+    latest = {name: of_set.get("after", of_set.get("before")) for name, of_set in evaluations.items()}
+    accuracy = [f", {name} {value:.3f}" for name, figures in latest.items() for key, value in figures.metrics.items()
+                if "avg@" in key]
     return (f"reward {metrics['reward/mean']:.2f}, acc {metrics['acc/before_filter']:.2f}" + "".join(accuracy)
             + f", length {metrics['response_length/mean']:.0f}, kept {metrics['groups/kept']:.0%}")
 

@@ -160,7 +160,7 @@ def test_several_verifiers_are_weighed(name):
     judge = make_judge(["math", name], [1.0, 0.5], 1, 5.0)
     ((right, wrong, hung, failed),) = judge([(["Answer: 6", "Answer: 7", "hang", "fail"], "6", {"bonus": 4})])
     assert right == Score(1.0, 3.0, "6", {"math": 1.0, "score": 4.0}) and wrong == Score(0.0, 1.0, "7", {"math": -1.0, "score": 4.0})
-    assert hung == TIMED_OUT and failed.startswith("the reward function raised KeyError")
+    assert hung == Score(0.0, -1.5, columns=TIMED_OUT.columns) and failed.startswith("the reward function raised KeyError")
     with pytest.raises(ValueError, match="reward.name: math, math has one of them twice"):
         make_judge(["math", "math"], [1.0, 1.0], 1, 5.0)
 

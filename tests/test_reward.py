@@ -246,14 +246,14 @@ def test_a_verifiers_file_is_a_module_like_any_other(tmp_path):
 
 
 def test_a_column_that_the_data_lack_is_named(tmp_path):
-    with pytest.raises(ValueError, match="missing 1 required positional argument: 'level'"):
-        judge(write_verifier(tmp_path, "return 1", "response, ground_truth, level"), [""], "", {})
+    with pytest.raises(ValueError, match="wants a column 'level', which the data lack .they have: a, b.: give"):
+        judge(write_verifier(tmp_path, "return 1", "response, ground_truth, level, *rest, c=2, **row"), [""], "", {"a": 1, "b": 2})
 
 
 def test_several_are_weighed_and_each_is_a_column():
     scores = {"math": Score(1.0, 1.0, "6"), "style": Score(0.0, -3.0, "x", {"words": 4.0, "why": "long"})}
     assert weigh(scores, [1.0, 0.5]) == Score(1.0, -0.5, "6", {"math": 1.0, "style": -3.0, "style/words": 4.0, "style/why": "long"})
-    assert weigh(scores | {"style": TIMED_OUT}, [1.0, 0.5]) == TIMED_OUT
+    assert weigh(scores | {"style": TIMED_OUT}, [1.0, 0.5]) == Score(0.0, -1.5, columns=TIMED_OUT.columns)
 
 
 def test_columns_are_averaged_over_those_that_have_them():
