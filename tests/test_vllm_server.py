@@ -45,7 +45,7 @@ def kill(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def wait_until(true, seconds=240):
+def wait_until(true, seconds=900):
     start = time.monotonic()
     while not true():
         assert time.monotonic() - start < seconds, "waited in vain"
