@@ -45,7 +45,7 @@ def kill(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def wait_until(true, seconds=900):
+def wait_until(true, seconds=240):
     start = time.monotonic()
     while not true():
         assert time.monotonic() - start < seconds, "waited in vain"
@@ -88,7 +88,7 @@ def served(request, servers, make_run, monkeypatch):
         tcp_weights.install(monkeypatch.setattr)
     run, tasks = make_run(*SERVED, f"rollout.weight_transfer={transfer}")
     sync_weights(run)
-    return run, [prompt.token_ids for prompt in tasks[:24]]
+    return run, [prompt.token_ids for prompt in tasks[0][1][:24]]
 
 
 def ids(groups):
