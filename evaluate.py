@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from config import printable
-from data import Prompt, find_column
+from infra.config import escape_control
+from infra.data import Prompt, find_column
 from reward import Score, mean_columns
 from rollout import Response
 
@@ -26,7 +26,7 @@ class Evaluation:
 
 Evaluations = dict[str, dict[str, Evaluation]]  # of each set: before, after
 
-def majority_is_right(scores: Sequence[Score]) -> float:
+def majority_correct(scores: Sequence[Score]) -> float:
     """Whether the most frequent answer (the first of equals) is right; responses without an answer do not vote."""
     votes = Counter(score.pred for score in scores if score.pred)
     if not votes:
@@ -42,7 +42,7 @@ def summarise(responses: Sequence[Sequence[Response]], scores: Sequence[Sequence
     figures = {f"avg@{k}": sum(score.acc for row in scores for score in row) / (k * prompts),
                f"pass@{k}": sum(max(score.acc for score in row) for row in scores) / prompts}
     if any(score.pred for row in scores for score in row):  # not every verifier reads an answer
-        figures[f"maj@{k}"] = sum(majority_is_right(row) for row in scores) / prompts
+        figures[f"maj@{k}"] = sum(majority_correct(row) for row in scores) / prompts
     length = sum(len(r.token_ids) for row in responses for r in row) / (k * prompts)
     return figures | {"response_length": length} | mean_columns([score for row in scores for score in row])
 
@@ -62,7 +62,7 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
 
 def format_tables(evaluations: Evaluations) -> str:
     """A table for each set, under its name where there are several."""
-    return "\n\n".join(f"{printable(name)}\n" * (len(evaluations) > 1) + format_table(of_set)
+    return "\n\n".join(f"{escape_control(name)}\n" * (len(evaluations) > 1) + format_table(of_set)
                        for name, of_set in evaluations.items())
 
 
@@ -74,7 +74,7 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
     lines = [" " * 12 + "".join(f"    {title:<{len(heads)}}" for title in evaluations).rstrip(),
              " " * 12 + "".join(f"    {heads}" for _ in evaluations)]
     for level in [*first.by_level, "all"]:
-        lines.append(f"{printable(level):<12}")
+        lines.append(f"{escape_control(level):<12}")
         for evaluation in evaluations.values():
             figures = evaluation.by_level.get(level, evaluation.metrics)
             lines[-1] += "    " + "".join(f"{figures.get(name, 0.0):>8.{1 if name == 'response_length' else 3}f}"
@@ -84,14 +84,14 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 
 def main() -> None:
     """Generate, judge and print the table."""
-    from config import listed, one_line_errors, read_command_line
-    from run import set_up, sync_weights
+    from infra.config import split_list, one_line_errors, read_command_line
+    from infra.setup import setup, sync_weights
     from train_dapo import validate  # which imports this module
     config = read_command_line("Judge a model on the validation data of a config.")
-    if not listed(config.val.file):
+    if not split_list(config.val.file):
         raise SystemExit("error: val.file names no data to evaluate on")
     config.run_dir += "/evaluate"  # where servers find the weights: not those of a run that goes on
-    run, data = set_up(config, training=False)
+    run, data = setup(config, training=False)
     try:
         with one_line_errors():
             sync_weights(run)

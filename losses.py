@@ -9,7 +9,7 @@ Departures from the paper, each optional or harmless:
   1. std is the sample standard deviation (n - 1), and 1e-6 is added to it.
   2. The sum over tokens runs over an optimizer step's whole mini-batch, on all ranks (`num_tokens`).
   3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms, the entropy and
-     `rollout_weights` are for ablations; none of them is on by default.
+     `importance_weights` are for ablations; none of them is on by default.
 
 Shapes: B responses, T response tokens (padded on the right), V vocabulary, G groups, n responses a group.
 Masks are 1 on the tokens that train and 0 elsewhere; whatever stands where the mask is 0 has no effect.
@@ -42,7 +42,7 @@ def response_logprobs(model, batch: dict, temperature: float = 1.0) -> tuple[Ten
         hidden = hidden.flatten(0, 1).index_select(0, batch["before"])  # (N, H)
         if not fused:
             return type(head).forward(head, hidden[None])  # (1, N, V)
-        made = head_logprobs(hidden, head.weight, tokens, temperature)
+        made = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
         return made[0]
 
     head.forward = project
@@ -62,16 +62,16 @@ def response_logprobs(model, batch: dict, temperature: float = 1.0) -> tuple[Ten
 _CHANGED_AFTERWARDS = WeakSet()  # output heads whose models do something to the logits
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def fused_linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs(hidden @ weight.T, tokens)` without the logits: (N, H), (V, H), (N,) -> (N,), (N,)."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLogprobs.apply(hidden, weight, tokens, temperature)
+        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature)
 
 
-class _HeadLogprobs(torch.autograd.Function):
+class FusedLinearLogprobs(torch.autograd.Function):
     """The logits z exist a chunk of tokens at a time, and once more in the backward pass: with p = softmax(z),
 
         log-prob of token y: z_y - logsumexp(z)     its gradient by z: onehot(y) - p
@@ -81,40 +81,40 @@ class _HeadLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         parts = []
         for x, y in _chunks(weight, hidden, tokens):
-            logprobs = _product(x, weight.T).div_(temperature)  # (chunk, V)
-            normaliser = logprobs.logsumexp(-1)
-            logprobs -= normaliser[:, None]
-            parts.append((normaliser, logprobs.gather(1, y[:, None]).squeeze(1),
+            logprobs = matmul_fp32(x, weight.T).div_(temperature)  # (chunk, V)
+            logsumexp = logprobs.logsumexp(-1)
+            logprobs -= logsumexp[:, None]
+            parts.append((logsumexp, logprobs.gather(1, y[:, None]).squeeze(1),
                           -torch.linalg.vecdot(logprobs.exp(), logprobs)))
-        normaliser, logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, tokens, normaliser, entropy)
+        logsumexp, logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, logsumexp, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # None where the entropy does not train
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, by_logprob: Tensor | None, by_entropy: Tensor | None):
-        hidden, weight, tokens, normaliser, entropy = ctx.saved_tensors
-        by_logprob = torch.zeros_like(entropy) if by_logprob is None else by_logprob
-        by_hidden = torch.empty_like(hidden)
-        by_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+        hidden, weight, tokens, logsumexp, entropy = ctx.saved_tensors
+        grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
         start = 0
-        for x, y, g, norm, h in _chunks(weight, hidden, tokens, by_logprob, normaliser, entropy):
-            z = _product(x, weight.T).div_(ctx.temperature).sub_(norm[:, None])  # log p, (chunk, V)
-            if by_entropy is None:
+        for x, y, g, norm, h in _chunks(weight, hidden, tokens, grad_logprobs, logsumexp, entropy):
+            z = matmul_fp32(x, weight.T).div_(ctx.temperature).sub_(norm[:, None])  # log p, (chunk, V)
+            if grad_entropy is None:
                 z.exp_().mul_(-g[:, None])
             else:
-                p, by_h = z.exp(), by_entropy[start:start + len(x), None]
+                p, by_h = z.exp(), grad_entropy[start:start + len(x), None]
                 z.add_(h[:, None]).mul_(-by_h).sub_(g[:, None]).mul_(p)
             z.scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)
             z = z.to(weight.dtype)
-            by_hidden[start:start + len(x)] = z @ weight
-            if by_weight is not None and by_weight.dtype == z.dtype:
-                by_weight.addmm_(z.T, x)
-            elif by_weight is not None:
-                by_weight += _product(z.T, x)
+            grad_hidden[start:start + len(x)] = z @ weight
+            if grad_weight is not None and grad_weight.dtype == z.dtype:
+                grad_weight.addmm_(z.T, x)
+            elif grad_weight is not None:
+                grad_weight += matmul_fp32(z.T, x)
             start += len(x)
-        return by_hidden, by_weight if by_weight is None else by_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(weight: Tensor, *tensors: Tensor):
@@ -122,7 +122,7 @@ def _chunks(weight: Tensor, *tensors: Tensor):
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 or wider, of bfloat16 too."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -161,7 +161,7 @@ def group_advantages(rewards: Tensor, norm_by_std: bool = True, eps: float = 1e-
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_ratio_low: float, clip_ratio_high: float,
                 clip_ratio_c: float | None = None,
-                rollout_weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                importance_weights: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped-ratio loss of every token (equation 8, negated), and what the clipping did.
 
     Args:
@@ -170,10 +170,10 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         clip_ratio_low, clip_ratio_high: the ratio counts between 1 - low and 1 + high.
         clip_ratio_c: dual clip (arXiv 1912.09729): where the advantage is negative, the loss is at
             most -A * c. None or 0: off.
-        rollout_weights: (B, T) or (B, 1), factors of the loss: see `rollout_weights`.
+        importance_weights: (B, T) or (B, 1), factors of the loss: see `importance_weights`.
     Returns:
         The loss (B, T), not yet masked or aggregated, and sums over the masked tokens (0-d, detached):
-        ratio, clip_up, clip_down, clip_dual (token counts), clip_up_prob (probability of the tokens
+        ratio, clip_frac_high, clip_frac_low, clip_frac_dual (token counts), clip_up_prob (probability of the tokens
         clipped up), kl (k1 estimate of KL(old || current)), token_prob (of all tokens).
     """
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
@@ -181,21 +181,21 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     clipped_ratio = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-    clip_up = (advantages > 0) & (ratio > 1 + clip_ratio_high) & mask
-    clip_down = (advantages < 0) & (ratio < 1 - clip_ratio_low) & mask
-    clip_dual = torch.zeros_like(mask)
+    clip_frac_high = (advantages > 0) & (ratio > 1 + clip_ratio_high) & mask
+    clip_frac_low = (advantages < 0) & (ratio < 1 - clip_ratio_low) & mask
+    clip_frac_dual = torch.zeros_like(mask)
     if clip_ratio_c:
-        clip_dual = (advantages < 0) & (ratio > clip_ratio_c) & mask
-        loss = torch.where(clip_dual, -advantages * clip_ratio_c, loss)
-    if rollout_weights is not None:
-        loss = loss * rollout_weights
+        clip_frac_dual = (advantages < 0) & (ratio > clip_ratio_c) & mask
+        loss = torch.where(clip_frac_dual, -advantages * clip_ratio_c, loss)
+    if importance_weights is not None:
+        loss = loss * importance_weights
     prob = torch.where(mask, logprobs.detach(), -torch.inf).exp()
-    stats = {"ratio": ratio * mask, "clip_up": clip_up, "clip_down": clip_down, "clip_dual": clip_dual,
-             "clip_up_prob": prob * clip_up, "kl": -log_ratio, "token_prob": prob}
+    stats = {"ratio": ratio * mask, "clip_frac_high": clip_frac_high, "clip_frac_low": clip_frac_low, "clip_frac_dual": clip_frac_dual,
+             "clip_up_prob": prob * clip_frac_high, "kl": -log_ratio, "token_prob": prob}
     return loss, {name: value.detach().sum(dtype=torch.float64) for name, value in stats.items()}
 
 
-def rollout_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: str = "token",
+def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: str = "token",
                     cap: float = 2.0) -> Tensor:
     """Truncated importance weights for responses whose sampler computes a little differently than the trainer.
 

@@ -15,7 +15,7 @@ PANELS = {  # title: metrics by the end of their names
     "groups (share)": ("groups/kept", "groups/all_correct", "groups/all_wrong"),
     "entropy": ("actor/entropy",),
     "mean token probability": ("actor/token_prob",),
-    "clipped tokens (share)": ("actor/clip_up", "actor/clip_down"),
+    "clipped tokens (share)": ("actor/clip_frac_high", "actor/clip_frac_low"),
     "gradient norm": ("actor/grad_norm",),
 }
 STYLES = ("-", "--", ":")

@@ -84,7 +84,7 @@ def overlong_penalty(response_len: int, max_response_length: int, overlong_buffe
 
 # ---- mathematics ------------------------------------------------------------------------------------------------
 
-def last_box(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What the last \\boxed{...} that is closed holds; None where there is none."""
     end = len(text)
     while (start := text.rfind("\\boxed{", 0, end)) >= 0:
@@ -103,9 +103,9 @@ def find_answer(response: str) -> str:
     return answers[-1] if answers else ""
 
 
-def answer_alone(response: str) -> str:
+def extract_answer(response: str) -> str:
     """A response that says no more than `Answer: ...`: the last such line, or where there is none the last box."""
-    answer = find_answer(response) or last_box(response[-ANSWER_WINDOW:]) or ""
+    answer = find_answer(response) or last_boxed(response[-ANSWER_WINDOW:]) or ""
     return "Answer: " + answer.replace("\n", " ")
 
 
@@ -141,7 +141,7 @@ def is_unit(text: str) -> bool:
 
 def plain_text(text: str) -> str:
     """What is boxed, or all of it, without mark-up."""
-    text = last_box(text) or text
+    text = last_boxed(text) or text
     for pattern, plain in MARKUP:
         text = pattern.sub(plain, text)
     text = text.strip(" \t\r\n*_`").rstrip(" .,;")
@@ -184,7 +184,7 @@ def score_math(response: str, ground_truth: str) -> Score:
 
 def score_math_strict_box(response: str, ground_truth: str) -> Score:
     """The same of the last \\boxed{...} within those: nothing else counts."""
-    return compare(last_box(response[-ANSWER_WINDOW:]) or "", ground_truth)
+    return compare(last_boxed(response[-ANSWER_WINDOW:]) or "", ground_truth)
 
 
 @lru_cache(maxsize=256)
@@ -196,7 +196,7 @@ def parse_latex(text: str) -> list:
 
 
 def score_math_verify(response: str, ground_truth: str) -> Score:
-    """`answer_alone`, compared as mathematics by the library math_verify: LaTeX, sets, intervals, expressions. Without
+    """`extract_answer`, compared as mathematics by the library math_verify: LaTeX, sets, intervals, expressions. Without
     the library's own limits of time, which are signals: see judges.py.
 
     It works out what it is given, so it is not given work that the policy left undone: sums, integrals, factorials
@@ -204,7 +204,7 @@ def score_math_verify(response: str, ground_truth: str) -> Score:
     it does not mind.
     """
     from math_verify import verify
-    answer = answer_alone(response).partition(" ")[2]
+    answer = extract_answer(response).partition(" ")[2]
     verdict = compare(answer, ground_truth)
     plain, truth = plain_text(answer), plain_text(ground_truth[:ANSWER_WINDOW])
     number = read_number(truth, fractions=True)
@@ -232,7 +232,7 @@ def load_verifier(name: str) -> Callable:
             score_math_verify(f"Answer: ${answer}$", r"2\pi")
         return score_math_verify
     if name == "toy":
-        from toy import score
+        from toy.make_toy import score
         return score
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
@@ -281,10 +281,10 @@ def judge(verifier: Callable, responses: Sequence[str], ground_truth: str, row: 
     if isinstance(verdicts, (str, dict)) or not hasattr(verdicts, "__len__") or len(verdicts) != len(responses):
         raise ValueError(f"the reward function returned {repr(verdicts)[:60]}: a list of {len(responses)} verdicts is "
                          "expected of one whose first argument is `responses`")
-    return [as_score(verdict) for verdict in verdicts]
+    return [to_score(verdict) for verdict in verdicts]
 
 
-def as_score(verdict) -> Score:
+def to_score(verdict) -> Score:
     """A number, a dict with `score`, or a `Score`, as a `Score` of plain numbers. Raises ValueError for anything else,
     and for numbers that are not finite."""
     try:
@@ -303,7 +303,7 @@ def as_score(verdict) -> Score:
     return Score(acc, score, pred, columns)
 
 
-def weigh(scores: dict[str, Score], weights: Sequence[float]) -> Score:
+def weighted_sum(scores: dict[str, Score], weights: Sequence[float]) -> Score:
     """The verdict of several verifiers: the sum of their scores, times their weights. What is right, and the answer,
     is the first one's affair. Each one's score becomes a column."""
     if TIMED_OUT in scores.values():

@@ -73,7 +73,7 @@ def unpack(packed: tuple, n: int) -> list[list[Response]]:
     return [flat[i:i + n] for i in range(0, len(flat), n)]
 
 
-def as_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> list[Response]:
+def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> list[Response]:
     """Responses of token ids, their log-probs, and whether the last one is an EOS."""
     texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
     return [Response(ids, logprobs, text, "stop" if stopped else "length")
@@ -116,7 +116,7 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
         with autocast():
             rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,
                              temperature, top_p, stop_ids)
-        responses = as_responses(tokenizer, rows)
+        responses = make_responses(tokenizer, rows)
         groups += [responses[i:i + n] for i in range(0, len(responses), n)]
     model.train(training)
     return groups
@@ -173,14 +173,14 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
         token = logprobs.argmax(-1)
     else:
         if top_p < 1:
-            logprobs = _nucleus(logprobs, top_p)
+            logprobs = top_p_filter(logprobs, top_p)
         cumulative = logprobs.exp().cumsum(-1)  # (B, V); scaled, since rounding leaves its end beside 1
         target = uniforms[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(1)
 
 
-def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+def top_p_filter(logprobs: Tensor, top_p: float) -> Tensor:
     """Renormalised to the fewest most probable tokens whose probabilities add up to at least `top_p`."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all that is more probable

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import pack_arguments
-from data import Mixture, Prompt
+from infra.packing import pack_arguments
+from infra.data import Mixture, Prompt
 from reward import Score
 from rollout import Response
 
@@ -133,15 +133,15 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
     lengths = [len(samples[i]) for i in order]
     if packed:
-        parts = _deal(lengths, world * -(-sum(lengths) // (world * max_tokens)))
+        parts = balance_lengths(lengths, world * -(-sum(lengths) // (world * max_tokens)))
         while over := sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts):
-            parts = _deal(lengths, len(parts) + -(-over // world) * world)
+            parts = balance_lengths(lengths, len(parts) + -(-over // world) * world)
         return [[order[at] for at in part] for part in parts[rank::world]]
-    batches = [_fill([order[at] for at in part], samples, max_tokens) for part in _deal(lengths, world)]
+    batches = [fill_batches([order[at] for at in part], samples, max_tokens) for part in balance_lengths(lengths, world)]
     return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
 
 
-def _deal(lengths: list[int], count: int) -> list[list[int]]:
+def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
     """Each of the lengths, by its place, to whichever of `count` parts is the least yet."""
     parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
     for at, length in enumerate(lengths):
@@ -151,7 +151,7 @@ def _deal(lengths: list[int], count: int) -> list[list[int]]:
     return parts
 
 
-def _fill(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
+def fill_batches(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
     """Batches of `indices`, longest first, which are padded to that."""
     batches, room, row = [], 0, 1
     for i in indices:

@@ -34,18 +34,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from attention import packing, stop_packing
-from checkpoint import (check_run_dir, claim_run_dir, find_checkpoint, is_sharded, load_checkpoint, newest_first,
-                        read_progress, rename_whole, save_checkpoint, together, trim_run, write_whole)
-from config import flatten, listed, one_line_errors, printable, read_command_line
-from data import Data, Mixture, Prompt
+from infra.packing import packing, disable_packing
+from infra.checkpoint import (check_run_dir, lock_run_dir, find_checkpoint, is_sharded, load_checkpoint, list_checkpoints,
+                        read_metadata, replace_dir, save_checkpoint, raise_on_all_ranks, truncate_run, write_atomic)
+from infra.config import flatten, split_list, one_line_errors, escape_control, read_command_line
+from infra.data import Data, Mixture, Prompt
 from evaluate import Evaluation, Evaluations, evaluate, format_tables
-from judges import Judge
-from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, rollout_weights
+from infra.reward_pool import Judge
+from losses import aggregate, group_advantages, kl_penalty, policy_loss, response_logprobs, importance_weights
 from plot import plot_runs
 from reward import FAILED, TIMED_OUT, Score, mean_columns, no_verdict, overlong_penalty
 from rollout import Response, pack, unpack
-from run import Run, set_up, sync_weights, whole_weights
+from infra.setup import Run, setup, sync_weights, iter_full_weights
 from sampling import (Group, Sample, auto_batch_size, collate, draw_prompts, is_informative, make_rng,
                       micro_batches, mini_batches)
 
@@ -67,13 +67,13 @@ def train(run: Run, prompts: Mixture, done: Counter) -> Iterator[tuple[dict, lis
         while len(buffer) < size and not (limit and gen_batches == limit):   # 7, 8: too few in the buffer: go on
             count = generation_batch_size(config, size - len(buffer), kept + len(buffer), drawn + len(generated))
             batch = draw_prompts(prompts, position, count, config.seed)   # 2: sample a batch of prompts
-            groups = write_groups(run, batch, step, timer)                # 3-5: old policy, G outputs each, rewards
+            groups = rollout_groups(run, batch, step, timer)                # 3-5: old policy, G outputs each, rewards
             buffer += [group for group in groups                          # 6: filter, and add to the buffer
                        if not filtering or is_informative(group.metric(config.filter_groups.metric))]
             generated += groups
             position, gen_batches = position + count, gen_batches + 1
         kept, drawn = (kept + len(buffer)) / 2, (drawn + len(generated)) / 2
-        trained = groups_to_train(run, step, buffer, generated, gen_batches)
+        trained = select_groups(run, step, buffer, generated, gen_batches)
         skipped = 0 if trained else skipped + 1
         if skipped > config.filter_groups.max_skipped_steps:
             raise SystemExit(f"error: {skipped} steps in a row were skipped, the last because: "
@@ -98,7 +98,7 @@ def generation_batch_size(config: SimpleNamespace, missing: int, kept: float, dr
     return min(4 * size, auto_batch_size(missing, kept, drawn)) if chosen == "auto" else chosen
 
 
-def groups_to_train(run: Run, step: int, buffer: list[Group], generated: list[Group],
+def select_groups(run: Run, step: int, buffer: list[Group], generated: list[Group],
                     gen_batches: int) -> list[Group]:
     """The first `train_batch_size` groups of the buffer, in the order of the prompt stream.
 
@@ -127,7 +127,7 @@ def describe(step: int, buffer: list[Group], generated: list[Group], gen_batches
             f"{right:.0%} all-correct, {wrong:.0%} all-wrong, {cut:.0%} of responses truncated: {advice}")
 
 
-def write_groups(run: Run, batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
+def rollout_groups(run: Run, batch: list[tuple[int, Prompt]], step: int, timer: "Timer") -> list[Group]:
     """Lines 3 to 5: the policy as it now stands writes `rollout.n` responses to each prompt; they are judged."""
     config = run.config
     positions, prompts = zip(*batch, strict=True)
@@ -140,7 +140,7 @@ def write_groups(run: Run, batch: list[tuple[int, Prompt]], step: int, timer: "T
         groups.append(Group(position, prompt, written, judged, rewards, final_rewards=rewards))
     if config.algorithm.use_kl_in_reward:
         with timer("logprobs"):
-            groups = subtract_kl(run, groups)
+            groups = apply_kl_penalty(run, groups)
     return groups
 
 
@@ -151,11 +151,11 @@ def overlong_shaping(config: SimpleNamespace, response: Response) -> float:
                             buffer.penalty_factor) if buffer.enable else 0.0
 
 
-def subtract_kl(run: Run, groups: list[Group]) -> list[Group]:
+def apply_kl_penalty(run: Run, groups: list[Group]) -> list[Group]:
     """KL in the reward: kl_coef times the KL to the reference, summed over a response, comes off its reward."""
     algorithm, n = run.config.algorithm, run.config.rollout.n
     samples = [Sample(group.prompt.token_ids, r.token_ids, 0.0) for group in groups for r in group.responses]
-    old, ref = logprobs_of(run, run.policy, samples), logprobs_of(run, run.reference, samples)
+    old, ref = compute_logprobs(run, run.policy, samples), compute_logprobs(run, run.reference, samples)
     kl = [kl_penalty(o.double(), r.double(), algorithm.kl_penalty).sum().item() for o, r in zip(old, ref, strict=True)]
     return [replace(group, final_rewards=[reward - algorithm.kl_coef * k for reward, k in
                                           zip(group.rewards, kl[i * n:(i + 1) * n], strict=True)])
@@ -182,7 +182,7 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
     with timer("sync"):
         run.engine.rest()
     with timer("logprobs"):
-        samples = with_logprobs(run, samples, batches)
+        samples = add_logprobs(run, samples, batches)
     sums, losses, norms, largest_ratio = defaultdict(float), [], [], 0.0
     with timer("update"):
         for number, indices in enumerate(batches):
@@ -207,12 +207,12 @@ def update(run: Run, samples: list[Sample], step: int, timer: "Timer") -> dict[s
     timer.tokens["update"] += sum(len(samples[i]) for indices in batches for i in indices)
     metrics = actor_metrics(config, sums, losses, norms) if losses else {}
     if losses:
-        metrics["actor/rollout_max_ratio"] = largest_ratio
-        check_agreement(run, step, metrics["actor/rollout_diff"])
+        metrics["actor/importance_ratio_max"] = largest_ratio
+        check_logprob_mismatch(run, step, metrics["actor/mismatch_abs"])
     return {"updates": len(losses), "actor/lr": lr, **metrics}
 
 
-def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample]:
+def add_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample]:
     """The samples with old and reference log-probs, as far as a forward pass is needed for them.
 
     The first mini-batch meets the very policy that wrote it: its old log-probs are its log-probs, and need
@@ -224,11 +224,11 @@ def with_logprobs(run: Run, samples: list[Sample], batches: list) -> list[Sample
     if run.config.actor.old_logprobs == "rollout":
         samples = [replace(sample, old_logprobs=sample.rollout_logprobs) for sample in samples]
     elif later:
-        for i, old in zip(later, logprobs_of(run, run.policy, [samples[i] for i in later]), strict=True):
+        for i, old in zip(later, compute_logprobs(run, run.policy, [samples[i] for i in later]), strict=True):
             samples[i] = replace(samples[i], old_logprobs=old)
     if run.config.actor.use_kl_loss:
         samples = [replace(sample, ref_logprobs=ref) for sample, ref in
-                   zip(samples, logprobs_of(run, run.reference, samples), strict=True)]
+                   zip(samples, compute_logprobs(run, run.reference, samples), strict=True)]
     return samples
 
 
@@ -267,13 +267,13 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
     logprobs, entropy = response_logprobs(model, batch, config.rollout.temperature)  # (B, T) each
     old = logprobs.detach() if on_policy else batch["old_logprobs"]
     sampled, rollout = batch["rollout_logprobs"], config.rollout
-    weights = None if rollout.correction == "off" else rollout_weights(old, sampled, mask, rollout.correction,
+    weights = None if rollout.correction == "off" else importance_weights(old, sampled, mask, rollout.correction,
                                                                        rollout.correction_cap)
     loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low, actor.clip_ratio_high,
                               actor.clip_ratio_c, weights)
-    ratio = rollout_weights(old, sampled, mask, cap=torch.inf)
-    of_tokens = {"entropy": entropy, "rollout_diff": (old - sampled).abs(),
-                 "rollout_kl": kl_penalty(sampled, old, "k3"), "rollout_truncated": ratio > rollout.correction_cap}
+    ratio = importance_weights(old, sampled, mask, cap=torch.inf)
+    of_tokens = {"entropy": entropy, "mismatch_abs": (old - sampled).abs(),
+                 "mismatch_kl": kl_penalty(sampled, old, "k3"), "importance_ratio_clip_frac": ratio > rollout.correction_cap}
     if actor.entropy_coeff:
         loss = loss - actor.entropy_coeff * entropy
     if actor.use_kl_loss:
@@ -285,24 +285,24 @@ def micro_batch_loss(config: SimpleNamespace, model: torch.nn.Module, batch: dic
     return total, {"loss": total.detach().double(), **stats}
 
 
-def rounding_limit(config: SimpleNamespace) -> float:
+def logprob_tolerance(config: SimpleNamespace) -> float:
     """By how much log-probs of the same tokens may differ, in the mean, between two ways to compute them."""
     return 1e-3 if (config.mixed_precision, config.model.dtype) == ("no", "float32") else 0.1
 
 
-def check_agreement(run: Run, step: int, difference: float) -> None:
+def check_logprob_mismatch(run: Run, step: int, difference: float) -> None:
     """Raise SystemExit where sampler and trainer differ by more than rounding: the weights did not get there."""
-    limit = rounding_limit(run.config)
+    limit = logprob_tolerance(run.config)
     if run.engine.apart and run.config.rollout.top_p == 1 and difference > limit:
         raise SystemExit(f"error: step {step}: the log-probs of sampler and trainer differ by {difference:.4f} in the "
                          f"mean, where rounding explains {limit}: the engine does not have the policy's weights")
 
 
-def check_sync(run: Run, mixture: Mixture) -> None:
+def check_weight_sync(run: Run, mixture: Mixture) -> None:
     """Before anything is trained: do sampler and trainer agree? If not by packed rows, then by padded ones; if not by
     those either, raises SystemExit."""
     config, some = run.config, [prompt.token_ids for prompt in mixture[0][1][:4]]
-    with together(run.accelerator, "rollout"):
+    with raise_on_all_ranks(run.accelerator, "rollout"):
         groups = run.engine.write(some, [(i,) for i in range(len(some))], 2, min(
             16, config.data.max_response_length), config.rollout.temperature, 1.0, "")
     everyones = [unpack(packed, 2) for packed in gather_object([pack(groups)])]
@@ -311,13 +311,13 @@ def check_sync(run: Run, mixture: Mixture) -> None:
 
     def difference() -> float:
         return torch.cat([(mine - sample.rollout_logprobs).abs() for mine, sample in
-                          zip(logprobs_of(run, run.policy, samples), samples, strict=True)]).mean().item()
+                          zip(compute_logprobs(run, run.policy, samples), samples, strict=True)]).mean().item()
     found, gave_up = difference(), False
-    if packing(run.policy) == "blocks" and found > rounding_limit(config):
+    if packing(run.policy) == "blocks" and found > logprob_tolerance(config):
         for model in filter(None, (run.policy, run.reference)):
-            stop_packing(run.accelerator.unwrap_model(model))
+            disable_packing(run.accelerator.unwrap_model(model))
         found, gave_up = difference(), True
-    check_agreement(run, 0, found)
+    check_logprob_mismatch(run, 0, found)
     if gave_up:
         run.accelerator.print("packed rows are not for this model: it trains on padded ones")
 
@@ -348,23 +348,23 @@ def write_and_judge(run: Run, prompts, positions, purpose: str, n: int, temperat
             scores, failure = judge_all(run.judge, prompts, responses)
         results = gather_object([(positions, pack(responses), scores, failure)])[::size]
     if failures := [failure for *_, failure in results if failure]:
-        raise SystemExit(f"error: {purpose}, {printable(failures[0])}")
+        raise SystemExit(f"error: {purpose}, {escape_control(failures[0])}")
     rows = sorted((row for positions, packed, scores, _ in results
                    for row in zip(positions, unpack(packed, n), scores, strict=True)), key=lambda row: row[0])
     timer.tokens["generate"] += sum(len(response.token_ids) for _, group, _ in rows for response in group)
-    return [responses for _, responses, _ in rows], without_failures(run, purpose, [scores for *_, scores in rows])
+    return [responses for _, responses, _ in rows], replace_failed_scores(run, purpose, [scores for *_, scores in rows])
 
 
-def without_failures(run: Run, purpose: str, verdicts: list[list[Score | str]]) -> list[list[Score]]:
+def replace_failed_scores(run: Run, purpose: str, verdicts: list[list[Score | str]]) -> list[list[Score]]:
     """Where the verifier failed on some responses, it has met texts that it did not expect: those are wrong. Where on
     all, raises SystemExit."""
-    weights = [float(weight) for weight in listed(run.config.reward.weights)]
+    weights = [float(weight) for weight in split_list(run.config.reward.weights)]
     failures = [verdict for judged in verdicts for verdict in judged if isinstance(verdict, str)]
     late = sum(lacks_verdict(verdict, TIMED_OUT) for judged in verdicts for verdict in judged)
     if failures and len(failures) == sum(map(len, verdicts)):
-        raise SystemExit(f"error: {purpose}, {printable(failures[0])} (and so on all {len(failures)} responses)")
+        raise SystemExit(f"error: {purpose}, {escape_control(failures[0])} (and so on all {len(failures)} responses)")
     if failures and run.accelerator.is_main_process:
-        tqdm.write(f"warning: {purpose}, {len(failures)} responses count as wrong, as {printable(failures[0])}")
+        tqdm.write(f"warning: {purpose}, {len(failures)} responses count as wrong, as {escape_control(failures[0])}")
     if late and run.accelerator.is_main_process:
         tqdm.write(f"warning: {purpose}, {late} responses count as wrong: no verdict within reward.timeout="
                    f"{run.config.reward.timeout} s, or the verifier died")
@@ -393,7 +393,7 @@ def judge_all(judge: Judge, prompts, responses: list[list[Response]]) -> tuple[l
 
 
 @torch.no_grad()
-def logprobs_of(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list[Tensor]:
+def compute_logprobs(run: Run, model: torch.nn.Module, samples: list[Sample]) -> list[Tensor]:
     """Each response's log-probs (T,) under `model`, on the CPU; the processes share the work."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     mine = {}
@@ -414,17 +414,17 @@ def make_batch(run: Run, samples: list[Sample], indices: list[int]) -> dict:
 
 # ---- the directory of a run --------------------------------------------------------------------------------
 
-def open_run_dir(run: Run, prompts: Mixture) -> tuple[dict, Counter, Evaluations]:
+def resume_or_start(run: Run, prompts: Mixture) -> tuple[dict, Counter, Evaluations]:
     """Go back to the run's newest checkpoint where there is one, and start the tracker.
 
     Returns what identifies the run, the counters of the last step done, and the evaluations so far. Raises OSError.
     """
     config, run_dir, progress = run.config, Path(run.config.run_dir), {"counters": {}, "evaluations": {}}
-    identity = {"config": flatten(config), "data": fingerprint(prompts)}
+    identity = {"config": flatten(config), "data": hash_prompts(prompts)}
     if any(other != identity for other in gather_object([identity])):
         raise OSError("the processes were given different configs, or read different data.train_file")
     if path := find_checkpoint(run.accelerator, config.run_dir, config.resume):
-        progress = read_progress(path)
+        progress = read_metadata(path)
         if progress["data"] != identity["data"]:
             raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name another run_dir")
         load_checkpoint(run.accelerator, run.policy, run.optimizer.optimizer, path)
@@ -433,20 +433,20 @@ def open_run_dir(run: Run, prompts: Mixture) -> tuple[dict, Counter, Evaluations
                if key.startswith("val.") and key != "val.every"):
             progress["evaluations"] = {}  # not to be compared with those to come
     sync_weights(run)
-    check_sync(run, prompts)
-    trim_run(run.accelerator, run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
-    with together(run.accelerator, "run_dir"):
+    check_weight_sync(run, prompts)
+    truncate_run(run.accelerator, run_dir, path.parent.parent if path else run_dir, progress["counters"].get("step", -1))
+    with raise_on_all_ranks(run.accelerator, "run_dir"):
         if run.accelerator.is_main_process:
             (run_dir / "rollouts").mkdir(exist_ok=True)
             resolved = json.loads(json.dumps(config, default=vars))
-            write_whole(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+            write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     run.accelerator.init_trackers("dapo", flatten(config))
     return identity, Counter(progress["counters"]), {
         name: {title: Evaluation(**kept) for title, kept in of_set.items()}
         for name, of_set in progress["evaluations"].items()}
 
 
-def fingerprint(mixture: Mixture) -> str:
+def hash_prompts(mixture: Mixture) -> str:
     """What tells two mixtures of prompts apart."""
     digest = hashlib.sha256()
     for weight, prompts in mixture:
@@ -460,10 +460,10 @@ def save_model(run: Run, name: str) -> None:
     """Write policy and tokenizer as a transformers directory; aside first, so that a half-written one has no name."""
     run_dir, policy = Path(run.config.run_dir), run.accelerator.unwrap_model(run.policy)
     weights = {}
-    for key, weight in whole_weights(policy):
+    for key, weight in iter_full_weights(policy):
         if run.accelerator.is_main_process:
             weights[key] = weight.to("cpu", policy.dtype)
-    with together(run.accelerator, f"cannot save {run_dir / name}"):
+    with raise_on_all_ranks(run.accelerator, f"cannot save {run_dir / name}"):
         if run.accelerator.is_main_process:
             aside = run_dir / f".{name}.partial"
             shutil.rmtree(aside, ignore_errors=True)
@@ -471,11 +471,11 @@ def save_model(run: Run, name: str) -> None:
             run.tokenizer.save_pretrained(aside)
             for file in aside.iterdir():
                 file.chmod(0o644)  # safetensors leaves weights to their owner
-            rename_whole(aside, run_dir / name)
+            replace_dir(aside, run_dir / name)
 
 
 @contextmanager
-def finish_on_signal(accelerator: Accelerator) -> Iterator[None]:
+def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask for the end of the run after the current step; a second Ctrl-C ends it at once."""
     def ask(number: int, _) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -551,15 +551,15 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
 def actor_metrics(config: SimpleNamespace, sums: dict[str, float], losses: list[float], norms: list[float]) -> dict:
     """What an update did: means over its optimizer steps (loss, gradient norm) or its trained tokens (all else)."""
     tokens = sums["tokens"]
-    names = ["entropy", "token_prob", "ratio", "kl", "rollout_diff", "clip_up", "clip_down"]
-    names += ["rollout_kl", "rollout_truncated"]
-    names += ["clip_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
+    names = ["entropy", "token_prob", "ratio", "kl", "mismatch_abs", "clip_frac_high", "clip_frac_low"]
+    names += ["mismatch_kl", "importance_ratio_clip_frac"]
+    names += ["clip_frac_dual"] * bool(config.actor.clip_ratio_c) + ["ref_kl"] * config.actor.use_kl_loss
     return {"actor/loss": mean(losses), "actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms),
             **{f"actor/{name}": sums[name] / tokens for name in names},
-            "actor/clip_up_prob": sums["clip_up_prob"] / max(1, sums["clip_up"])}
+            "actor/clip_up_prob": sums["clip_up_prob"] / max(1, sums["clip_frac_high"])}
 
 
-def rollout_rows(step: int, groups: list[Group], advantages: Tensor) -> Iterator[str]:
+def rollout_records(step: int, groups: list[Group], advantages: Tensor) -> Iterator[str]:
     """The lines of a rollout file: a response each, with all that was made of it. JSON in ASCII: whatever the policy
     writes, it does not reach a terminal."""
     for group, row in zip(groups, advantages.tolist(), strict=True):
@@ -583,13 +583,13 @@ def validate(run: Run, prompts: list[Prompt]) -> Evaluation:
 def record(run: Run, metrics: dict, groups: list[Group], advantages: Tensor) -> None:
     """Add a row to metrics.jsonl and the tracker, and a file to rollouts/."""
     run_dir, step, some = Path(run.config.run_dir), metrics["step"], slice(run.config.save_rollouts)
-    with together(run.accelerator, f"cannot record step {step} in {run_dir}"):
+    with raise_on_all_ranks(run.accelerator, f"cannot record step {step} in {run_dir}"):
         run.accelerator.log(metrics, step=step)
         if run.accelerator.is_main_process:
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             if groups[some]:
-                rows = rollout_rows(step, groups[some], advantages[some])
+                rows = rollout_records(step, groups[some], advantages[some])
                 (run_dir / "rollouts" / f"step_{step:05d}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
@@ -636,7 +636,7 @@ def run_training(run: Run, data: Data, identity: dict, done: Counter, evaluation
 def save_results(run: Run) -> None:
     """What a finished run leaves: the policy, and the picture of its metrics."""
     save_model(run, "model")
-    with together(run.accelerator, "curves.png"):
+    with raise_on_all_ranks(run.accelerator, "curves.png"):
         if run.accelerator.is_main_process:
             plot_runs([run.config.run_dir], Path(run.config.run_dir) / "curves.png")
 
@@ -667,20 +667,20 @@ def main() -> None:
     config = read_command_line("Train a policy with DAPO.")
     with one_line_errors():
         check_run_dir(config)
-    run, data = set_up(config)
+    run, data = setup(config)
     start = time.perf_counter()
     with one_line_errors():
-        lock = claim_run_dir(run.accelerator, config)
-        identity, done, evaluations = open_run_dir(run, data.train)
+        lock = lock_run_dir(run.accelerator, config)
+        identity, done, evaluations = resume_or_start(run, data.train)
     try:
-        with finish_on_signal(run.accelerator), one_line_errors():
+        with stop_on_signal(run.accelerator), one_line_errors():
             finished = run_training(run, data, identity, done, evaluations)
     except SystemExit as error:
-        message = f"{error}{keep_policy(run)}"
+        message = f"{error}{save_after_failure(run)}"
         run.engine.close()
         raise SystemExit(message) from None
     except KeyboardInterrupt:
-        saved = [f"goes on from {path}" for path in newest_first(config.run_dir)] or ["begins anew"]
+        saved = [f"goes on from {path}" for path in list_checkpoints(config.run_dir)] or ["begins anew"]
         raise SystemExit(f"interrupted; the same command {saved[0]}") from None
     if run.accelerator.is_main_process and finished:
         report(run, evaluations, time.perf_counter() - start)
@@ -698,7 +698,7 @@ def main() -> None:
         os._exit(0)
 
 
-def keep_policy(run: Run) -> str:
+def save_after_failure(run: Run) -> str:
     """After a failure: save the policy, where something was learned, and say where it is."""
     if not run.optimizer.state:
         return ""

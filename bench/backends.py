@@ -27,9 +27,9 @@ WAYS = {"transformers": ["rollout.backend=transformers"], "vllm": ["rollout.back
 def measure(overrides: list[str], steps: int) -> dict[str, float]:
     """Seconds until the engine was there, and medians of a step's metrics."""
     sys.path.insert(0, str(ROOT))
-    import run as run_module
+    import infra.setup as run_module
     import train_dapo
-    from config import load_config
+    from infra.config import load_config
     times, make_engine = [], run_module.make_engine
 
     def timed(*arguments):
@@ -41,11 +41,11 @@ def measure(overrides: list[str], steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [*overrides, "val.file=", f"total_training_steps={steps}",
                                              f"run_dir={folder}/run"])
-        run, data = run_module.set_up(config)
+        run, data = run_module.setup(config)
         run_module.sync_weights(run)
         rows = [metrics for metrics, _, _ in train_dapo.train(run, data.train, Counter())]
         run.engine.close()
-    names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/rollout_diff"]
+    names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/mismatch_abs"]
     return {"start": times[0], **{name: statistics.median(row[name] for row in rows) for name in names}}
 
 
@@ -88,7 +88,7 @@ def main() -> None:
             os.killpg(server.pid, signal.SIGTERM)
         row = json.loads(result.stdout.splitlines()[-1])
         print(f"| {name} | {start or row['start']:.1f} | {row['time/step']:.2f} | {row['time/generate']:.2f} | "
-              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | {row['actor/rollout_diff']:.0e} |",
+              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | {row['actor/mismatch_abs']:.0e} |",
               flush=True)
 
 

@@ -74,7 +74,7 @@ class Progress:
 
 def run_ours(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
     """Train with `train_dapo.train`."""
-    from run import sync_weights
+    from infra.setup import sync_weights
     from train_dapo import train
     sync_weights(run)
     progress = Progress(args, judge)
@@ -155,10 +155,10 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One side, in this process. Both start from the same `set_up`: policy, optimizer, prompts, verifier."""
+    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, verifier."""
     sys.path.insert(0, str(ROOT))
-    from config import load_config
-    from run import set_up
+    from infra.config import load_config
+    from infra.setup import setup
     from train_dapo import validate
     steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace) -> dict:
             f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
             f"total_training_steps={steps}"])
-        run, data = set_up(config)
+        run, data = setup(config)
         ((_, prompts),), (val_prompts,) = data.train, data.val.values()
 
         def judge() -> float:

@@ -2,7 +2,7 @@
 
     python bench/logprob_memory.py [--tokens 2048] [--rounds 3]
 
-`losses.head_logprobs` against a plain log-softmax of all logits, in turn, each in a process of its own. Extra memory
+`losses.fused_linear_logprobs` against a plain log-softmax of all logits, in turn, each in a process of its own. Extra memory
 is the peak above the tensors that go in and the gradients that come out.
 """
 
@@ -31,14 +31,14 @@ def plain(hidden, weight, tokens):
 def measure(way: str, tokens: int) -> dict[str, float]:
     """Extra bytes at the peak, and seconds of a forward and backward pass, the second of two."""
     sys.path.insert(0, str(ROOT))
-    from losses import head_logprobs
+    from losses import fused_linear_logprobs
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     hidden = torch.empty(tokens, WIDTH, device=device, dtype=dtype).normal_().requires_grad_()
     weight = torch.empty(VOCABULARY, WIDTH, device=device, dtype=dtype).normal_(std=WIDTH**-0.5).requires_grad_()
     targets = torch.randint(VOCABULARY, (tokens,), device=device)
-    function = plain if way == "plain" else head_logprobs
+    function = plain if way == "plain" else fused_linear_logprobs
     for x in (hidden, weight):
         x.grad = torch.ones_like(x)  # room for the gradients, which both ways need
     peak = torch.cuda.max_memory_allocated if on_gpu else (

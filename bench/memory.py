@@ -73,7 +73,7 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     with Storages() as storages:
         hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device, dtype=model.dtype,
                              requires_grad=True)
-        losses.head_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
+        losses.fused_linear_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
         sizes["head: gradient, chunk of logits, tokens"] = storages.read()[1]
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()

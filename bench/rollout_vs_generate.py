@@ -34,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from rollout import generate  # noqa: E402
-from config import load_config  # noqa: E402
-from data import load_prompts  # noqa: E402
+from infra.config import load_config  # noqa: E402
+from infra.data import load_prompts  # noqa: E402
 
 GOAL, EOS, MEAN_LENGTH = 1.5, 0, 64
 WAYS = ("rollout.generate", "model.generate", "model.generate, log-probs")
@@ -78,17 +78,17 @@ def write(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_toke
     torch.manual_seed(seed)
     ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left", padding_value=EOS)
     mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([[len(p)] for p in prompts])
-    with_logprobs = way.endswith("log-probs")
+    add_logprobs = way.endswith("log-probs")
     with torch.no_grad():
         output = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=max_tokens,
-            eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=with_logprobs, output_scores=with_logprobs)
-        if with_logprobs:
+            eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=add_logprobs, output_scores=add_logprobs)
+        if add_logprobs:
             logprobs = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).cpu()
             output = output.sequences
     tokens = output[:, ids.shape[1]:].cpu()
-    if with_logprobs and logprobs.shape != tokens.shape:
+    if add_logprobs and logprobs.shape != tokens.shape:
         raise SystemExit(f"{tuple(tokens.shape)} tokens, but {tuple(logprobs.shape)} log-probs")
     before = ((tokens == EOS).cumsum(1) == 0).sum(1)  # tokens before the first EOS
     return (before + 1).clamp(max=tokens.shape[1]).tolist()

@@ -21,8 +21,8 @@ GOAL, SIZES = 1.05, (256, 1024, 4096)
 
 def main() -> None:
     """Time each size in turn, print the table, judge."""
-    from config import load_config
-    from run import set_up, sync_weights
+    from infra.config import load_config
+    from infra.setup import setup, sync_weights
     from train_dapo import train
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
@@ -35,7 +35,7 @@ def main() -> None:
             config = load_config("config.yaml", [
                 f"run_dir={folder}/run", "actor.lr=1e-9", "filter_groups.enable=false", "total_training_steps=1000",
                 f"data.train_batch_size={size // 16}", *args.overrides])
-            run, data = set_up(config)
+            run, data = setup(config)
             sync_weights(run)
             streams[size] = train(run, data.train, Counter())
             next(streams[size])  # to warm up

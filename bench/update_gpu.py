@@ -25,7 +25,7 @@ CASES = {"0.5B": (128, "float32"), "1.5B": (64, "bfloat16")}  # responses, weigh
 def make_case(shape: str):
     """A run, and responses of unlike lengths, ready to train on."""
     from sampling import Sample
-    from train_dapo import logprobs_of
+    from train_dapo import compute_logprobs
     count, dtype = CASES[shape]
     with tempfile.TemporaryDirectory() as folder:
         make_model(shape, Path(folder))
@@ -37,7 +37,7 @@ def make_case(shape: str):
     rng = np.random.default_rng(0)
     samples = [Sample(rng.integers(1, 28, PROMPT_TOKENS).tolist(), rng.integers(1, 28, length).astype(np.int32),
                       float(rng.normal())) for length in rng.integers(TOKENS // 16, TOKENS, count)]
-    logprobs = logprobs_of(run, run.policy, samples)
+    logprobs = compute_logprobs(run, run.policy, samples)
     return run, [replace(sample, rollout_logprobs=row, old_logprobs=row)
                  for sample, row in zip(samples, logprobs, strict=True)]
 

@@ -89,12 +89,12 @@ def make_wide(folder: str) -> str:
 
 def make_run(path: str, overrides: list[str]):
     """A run with the model in `path`, and the prompts."""
-    from config import load_config
-    from run import set_up, sync_weights
+    from infra.config import load_config
+    from infra.setup import setup, sync_weights
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [f"run_dir={folder}/run", "actor.lr=1e-9", f"model.path={path}",
                                              *overrides])
-        run, data = set_up(config)
+        run, data = setup(config)
     sync_weights(run)
     return run, data.train
 
@@ -103,14 +103,14 @@ def main() -> None:
     """Measure both models, each in turn with and without RL; print medians, spread and whether the goal is met."""
     from losses import group_advantages
     from sampling import draw_prompts
-    from train_dapo import Timer, make_samples, write_groups
+    from train_dapo import Timer, make_samples, rollout_groups
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     run, prompts = make_run("toy/base", args.overrides)
-    groups = write_groups(run, draw_prompts(prompts, 0, run.config.data.train_batch_size, 0), 1, Timer())
+    groups = rollout_groups(run, draw_prompts(prompts, 0, run.config.data.train_batch_size, 0), 1, Timer())
     rewards = torch.tensor([group.final_rewards for group in groups], dtype=torch.float64)
     samples = make_samples(run.config, groups, group_advantages(rewards))
     with tempfile.TemporaryDirectory() as folder:

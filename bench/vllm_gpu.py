@@ -48,16 +48,16 @@ def seconds(function) -> float:
 
 def measure(folder: str, backend: str, tokens: int) -> dict:
     """Start, first and later syncs, tokens a second, rest and wake-up, and how far the log-probs are apart."""
-    from config import load_config
-    from run import set_up, sync_weights
-    from train_dapo import Sample, logprobs_of
+    from infra.config import load_config
+    from infra.setup import setup, sync_weights
+    from train_dapo import Sample, compute_logprobs
     config = load_config("config.yaml", [
         f"model.path={folder}", "model.dtype=bfloat16", "mixed_precision=bf16", "val.file=",
         f"rollout.backend={backend}",
         f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={tokens}", "rollout.max_num_seqs=512",
         "overlong_buffer.enable=false"])
     result, holder = {"backend": backend}, []
-    result["start"] = seconds(lambda: holder.append(set_up(config)))
+    result["start"] = seconds(lambda: holder.append(setup(config)))
     run = holder[0][0]
     result["first sync"] = seconds(lambda: sync_weights(run))
     result["sync"] = min(seconds(lambda: sync_weights(run)) for _ in range(3))
@@ -77,7 +77,7 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
     free.append(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)
     result["freed GB"], result["reserved GB"] = (free[1] - free[0]) / 1e9, before / 1e9
     samples = [Sample(ids, response.token_ids, 0.0) for ids, response in written[:64]]
-    ours = torch.cat(logprobs_of(run, run.policy, samples))
+    ours = torch.cat(compute_logprobs(run, run.policy, samples))
     theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in written[:64]])
     result["difference"] = (ours - theirs).abs().mean().item()
     result["wake and sync"] = seconds(lambda: sync_weights(run))

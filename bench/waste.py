@@ -26,7 +26,7 @@ GOAL = 1.2
 def simulate(size: int, shares: list[float], seed: int = 0) -> tuple[float, float]:
     """Responses generated for each trained, times the share that is kept; and generation batches a step."""
     import train_dapo
-    from config import load_config
+    from infra.config import load_config
     from reward import Score
     from rollout import Response
     from sampling import Group, Prompt, make_rng
@@ -34,17 +34,17 @@ def simulate(size: int, shares: list[float], seed: int = 0) -> tuple[float, floa
                                          f"total_training_steps={len(shares)}", "data.gen_batch_size=auto"])
     response, prompt = Response(np.zeros(1, np.int32), np.zeros(1, np.float32), "", "stop"), Prompt(0, "", [1], "", {})
 
-    def write_groups(run, batch, step, timer):
+    def rollout_groups(run, batch, step, timer):
         kept = [make_rng(seed, "kept", position).random() < shares[step - 1] for position, _ in batch]
         return [Group(position, prompt, [response] * 2, [Score(1.0, 1.0), Score(float(not mixed), 1.0)], [1.0, 1.0],
                       [1.0, 1.0]) for (position, _), mixed in zip(batch, kept, strict=True)]
-    train_dapo.write_groups, before = write_groups, train_dapo.write_groups
+    train_dapo.rollout_groups, before = rollout_groups, train_dapo.rollout_groups
     train_dapo.update, update = lambda *_: {"updates": 1}, train_dapo.update
     try:
         run = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=False))
         rows = [metrics for metrics, _, _ in train_dapo.train(run, [prompt] * 1000, Counter())]
     finally:
-        train_dapo.write_groups, train_dapo.update = before, update
+        train_dapo.rollout_groups, train_dapo.update = before, update
     return excess(rows, shares), float(np.mean([row["gen_batches"] for row in rows]))
 
 
@@ -58,12 +58,12 @@ def excess(rows: list[dict], shares: list[float]) -> float:
 
 def embedded(steps: int) -> tuple[float, float, float]:
     """The same of a real run, and the share that it kept."""
-    from config import load_config
-    from run import set_up, sync_weights
+    from infra.config import load_config
+    from infra.setup import setup, sync_weights
     from train_dapo import train
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config = load_config("config.yaml", [f"run_dir={folder}/run", f"total_training_steps={steps}"])
-        run, data = set_up(config)
+        run, data = setup(config)
         sync_weights(run)
         rows = [metrics for metrics, _, _ in train(run, data.train, Counter())]
     shares = [row["groups/kept"] for row in rows]

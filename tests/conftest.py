@@ -53,11 +53,11 @@ def start(tmp_path, monkeypatch):
 def make_run(tmp_path):
     """`make_run("key=value", ...)`: a `Run` and its prompts, set up but not started."""
     import train_dapo
-    from config import load_config
+    from infra.config import load_config
 
     def make_run(*overrides: str, double: bool = False):
         config = load_config("config.yaml", [f"run_dir={tmp_path / 'run'}", *TINY, *overrides])
-        run, data = train_dapo.set_up(config)
+        run, data = train_dapo.setup(config)
         if double:
             run.policy.to(torch.float64)
         return run, data.train

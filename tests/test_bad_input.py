@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import run
+import infra.setup as run
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,7 +136,7 @@ def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path, monkeypatc
     """The reward breaks for good at a certain step; metrics so far and the policy as it was are on disk."""
     body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
             "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
-    monkeypatch.setattr(run, "cores_of_each", lambda accelerator: 1)  # it counts
+    monkeypatch.setattr(run, "cpus_per_process", lambda accelerator: 1)  # it counts
     with pytest.raises(SystemExit, match=r"step [23], prompt .*enough at mine.py:4 .and so on all [0-9]+ responses.. The policy as it was is in .*last_good_model"):
         start(write_reward(tmp_path, body), "total_training_steps=3")
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) in (2, 3)

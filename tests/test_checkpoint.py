@@ -15,12 +15,12 @@ from conftest import TINY
 from filelock import FileLock
 
 import train_dapo
-from checkpoint import find_checkpoint, newest_first
-from data import Prompt
+from infra.checkpoint import find_checkpoint, list_checkpoints
+from infra.data import Prompt
 from sampling import draw_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-from kill_resume import differences, kill_and_resume
+from kill_resume import config_diff, kill_and_resume
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,10 +35,10 @@ def test_the_comparison_sees_a_difference(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "actor/loss": 0.5, "time/step": ord(name)}) + "\n")
         (tmp_path / name / "model/weights").write_text("w")
-    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert config_diff(tmp_path / "a", tmp_path / "b") == []
     (tmp_path / "b/model/weights").write_text("v")
     (tmp_path / "b/metrics.jsonl").write_text('{"step": 1, "actor/loss": 0.6}\n')
-    assert differences(tmp_path / "a", tmp_path / "b") == ["metrics.jsonl", "model/weights"]
+    assert config_diff(tmp_path / "a", tmp_path / "b") == ["metrics.jsonl", "model/weights"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -59,7 +59,7 @@ def test_a_signal_ends_the_step_saves_and_exits_0_with_the_line_that_resumes(tmp
     assert len(saved) == 1 and 1 <= int(saved[0][-5:]) < 4
     result = subprocess.run([sys.executable, *command[2:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert differences(run_dir, start(*common)) == []
+    assert config_diff(run_dir, start(*common)) == []
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_were_not(start, 
     out = capsys.readouterr().out
     assert "step_00002 is damaged" in out and f"going on from {saved / 'checkpoints/step_00001'}" in out
     saved.rename(tmp_path / "damaged")
-    assert differences(start("val.file=", "total_training_steps=3"), tmp_path / "damaged") == []
+    assert config_diff(start("val.file=", "total_training_steps=3"), tmp_path / "damaged") == []
 
 
 def test_nothing_starts_from_nothing_where_all_checkpoints_are_damaged(start, saved):
@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_run_for_zero_steps(start, saved):
 def test_raising_the_number_of_steps_is_the_same_as_having_asked_for_them_at_once(start, saved, tmp_path):
     start("save_every=1", "val.file=", "total_training_steps=4")
     saved.rename(tmp_path / "twice")
-    assert differences(start("save_every=0", "val.file=", "total_training_steps=4"), tmp_path / "twice") == []
+    assert config_diff(start("save_every=0", "val.file=", "total_training_steps=4"), tmp_path / "twice") == []
 
 
 def test_a_checkpoint_that_is_named_starts_a_new_directory(start, saved, tmp_path):
@@ -260,11 +260,11 @@ def test_saving_before_anything_was_learned_changes_nothing(start, tmp_path):
     start("save_every=1", "keep_checkpoints=9", *overrides).rename(tmp_path / "saved")
     assert metrics(tmp_path / "saved")[0]["skipped_in_a_row"] == 1 and metrics(tmp_path / "saved")[-1]["optimizer_steps"] > 0
     start("save_every=0", *overrides).rename(tmp_path / "unsaved")
-    assert differences(tmp_path / "saved", tmp_path / "unsaved") == []
+    assert config_diff(tmp_path / "saved", tmp_path / "unsaved") == []
     for step in (2, 3):
         shutil.rmtree(tmp_path / f"saved/checkpoints/step_0000{step}")
     (tmp_path / "saved").rename(tmp_path / "run")
-    assert differences(start("save_every=1", *overrides), tmp_path / "unsaved") == []
+    assert config_diff(start("save_every=1", *overrides), tmp_path / "unsaved") == []
 
 
 def test_the_last_checkpoint_comes_after_the_policy(start, saved, monkeypatch, tmp_path):
@@ -278,7 +278,7 @@ def test_the_last_checkpoint_comes_after_the_policy(start, saved, monkeypatch, t
     start("save_every=1", "val.file=", "total_training_steps=4")
     (tmp_path / "run").rename(tmp_path / "killed")
     (tmp_path / "straight").rename(tmp_path / "run")
-    assert differences(start("save_every=1", "val.file=", "total_training_steps=4"), tmp_path / "killed") == []
+    assert config_diff(start("save_every=1", "val.file=", "total_training_steps=4"), tmp_path / "killed") == []
 
 
 def test_the_config_is_never_half_written(start, saved):
@@ -298,7 +298,7 @@ def test_older_checkpoints_of_a_damaged_newer_one_are_not_pruned_in_its_place(st
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (99_990, 100_000, 5):
         (tmp_path / f"checkpoints/step_{step:05d}").mkdir(parents=True)
-    assert [path.name for path in newest_first(tmp_path)] == ["step_100000", "step_99990", "step_00005"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_100000", "step_99990", "step_00005"]
 
 
 def test_a_step_that_was_skipped_counts_after_a_resume(start):

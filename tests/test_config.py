@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config as config_module
-from config import load_config, read_rules, read_yaml
+import infra.config as config_module
+from infra.config import load_config, read_rules, read_yaml
 
 ROOT = Path(__file__).parent.parent
 

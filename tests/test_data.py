@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import load_config
-from data import load_data, load_prompts, read_rows
+from infra.config import load_config
+from infra.data import load_data, load_prompts, read_rows
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared/data"
@@ -316,8 +316,8 @@ LOAD = """
 import resource, sys, time
 sys.path[:0] = ["tests", "."]
 from transformers import AutoTokenizer
-from config import load_config
-from data import load_data
+from infra.config import load_config
+from infra.data import load_data
 from sampling import draw_prompts
 tokenizer = AutoTokenizer.from_pretrained("toy/base")
 config = load_config("config.yaml", [f"data.train_file={sys.argv[1]}", "val.file=", "data.max_prompt_length=999", sys.argv[2]])

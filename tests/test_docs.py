@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config import read_rules
+from infra.config import read_rules
 from reward import judge, load_verifier
 
 ROOT = Path(__file__).parent.parent

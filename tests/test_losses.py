@@ -16,15 +16,15 @@ from transformers import (
 )
 
 import losses
-from attention import let_pack, packing
+from infra.packing import enable_packing, packing
 from losses import (
     aggregate,
     group_advantages,
-    head_logprobs,
+    fused_linear_logprobs,
     kl_penalty,
     policy_loss,
     response_logprobs,
-    rollout_weights,
+    importance_weights,
     token_logprobs,
 )
 from sampling import Sample, collate
@@ -82,14 +82,14 @@ def test_clip_higher_leaves_more_room_up_than_down():
     logprobs, mask = tensor([math.log(1.25), math.log(0.75)]), tensor([1, 1])
     loss, stats = policy_loss(logprobs, tensor([0, 0]), tensor([1, -1]), mask, 0.2, 0.28)
     assert loss[0].tolist() == pytest.approx([-1.25, 0.8])
-    assert (stats["clip_up"], stats["clip_down"]) == (0, 1)
+    assert (stats["clip_frac_high"], stats["clip_frac_low"]) == (0, 1)
 
 
 def test_dual_clip_acts_only_where_the_advantage_is_negative():
     logprobs = tensor([math.log(5.0), math.log(5.0)])
     loss, stats = policy_loss(logprobs, tensor([0, 0]), tensor([1, -1]), tensor([1, 1]), 0.2, 0.28, clip_ratio_c=3.0)
     assert loss[0].tolist() == pytest.approx([-1.28, 3.0])
-    assert stats["clip_dual"] == 1
+    assert stats["clip_frac_dual"] == 1
 
 
 def test_statistics_by_hand():
@@ -98,7 +98,7 @@ def test_statistics_by_hand():
     logprobs = old + tensor([math.log(r) for r in ratios])
     _, stats = policy_loss(logprobs, old, tensor([1, -1, -1, 1, 1]), tensor([1, 1, 1, 1, 0]), 0.2, 0.28)
     assert stats["ratio"] == pytest.approx(4.5)
-    assert (stats["clip_up"], stats["clip_down"], stats["clip_dual"]) == (1, 1, 0)
+    assert (stats["clip_frac_high"], stats["clip_frac_low"], stats["clip_frac_dual"]) == (1, 1, 0)
     assert stats["clip_up_prob"] == pytest.approx(0.3)
     assert stats["token_prob"] == pytest.approx(0.3 + 0.3 + 0.1 + 0.2)
     assert stats["kl"] == pytest.approx(-(2 * math.log(1.5) + math.log(0.5)))
@@ -108,7 +108,7 @@ def test_on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped():
     logprobs = -torch.rand(4, 7) * 10
     _, stats = policy_loss(logprobs, logprobs, torch.randn(4, 1), torch.ones(4, 7), 0.2, 0.28, 3.0)
     assert stats["ratio"] == 28
-    assert stats["clip_up"] == stats["clip_down"] == stats["clip_dual"] == stats["kl"] == 0
+    assert stats["clip_frac_high"] == stats["clip_frac_low"] == stats["clip_frac_dual"] == stats["kl"] == 0
 
 
 def test_policy_loss_agrees_with_finite_differences():
@@ -253,22 +253,22 @@ def head_case(dtype=torch.float64, n=13, h=6, v=11):
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_the_heads_logprobs_and_gradients_are_those_of_its_logits(monkeypatch, chunk, with_entropy):
     hidden, weight, tokens = head_case()
-    by_logprob, by_entropy = torch.randn(2, 13, dtype=torch.float64)
+    grad_logprobs, grad_entropy = torch.randn(2, 13, dtype=torch.float64)
     results = []
     for fused in (True, False):
         monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk if fused else 2**25)
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logprobs, entropy = head_logprobs(x, w, tokens, 0.7) if fused else (
+        logprobs, entropy = fused_linear_logprobs(x, w, tokens, 0.7) if fused else (
             value.squeeze(0) for value in token_logprobs((x @ w.T)[None], tokens[None], 0.7))
-        loss = (logprobs * by_logprob).sum()
-        (loss + (entropy * by_entropy).sum() if with_entropy else loss).backward()
+        loss = (logprobs * grad_logprobs).sum()
+        (loss + (entropy * grad_entropy).sum() if with_entropy else loss).backward()
         results.append((logprobs, entropy, x.grad, w.grad))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
 def test_the_heads_gradients_are_finite_differences():
     hidden, weight, tokens = head_case(n=3, h=4, v=5)
-    assert torch.autograd.gradcheck(lambda x, w: head_logprobs(x, w, tokens, 0.7), (hidden.requires_grad_(), weight.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda x, w: fused_linear_logprobs(x, w, tokens, 0.7), (hidden.requires_grad_(), weight.requires_grad_()))
 
 
 def test_a_head_in_bfloat16_adds_up_in_float32():
@@ -279,7 +279,7 @@ def test_a_head_in_bfloat16_adds_up_in_float32():
         x, w = (value.clone().to(dtype).requires_grad_() for value in (hidden, weight))
         losses.CHUNK_ELEMENTS, before = 11, losses.CHUNK_ELEMENTS
         try:
-            logprobs, entropy = head_logprobs(x, w, tokens)
+            logprobs, entropy = fused_linear_logprobs(x, w, tokens)
             (logprobs.sum() + entropy.sum()).backward()
         finally:
             losses.CHUNK_ELEMENTS = before
@@ -305,7 +305,7 @@ def test_the_heads_logits_are_never_whole():
     losses.CHUNK_ELEMENTS, before = 2**23, losses.CHUNK_ELEMENTS
     try:
         with Watch():
-            logprobs, entropy = head_logprobs(hidden, weight, tokens)
+            logprobs, entropy = fused_linear_logprobs(hidden, weight, tokens)
             (logprobs.sum() + entropy.sum()).backward()
     finally:
         losses.CHUNK_ELEMENTS = before
@@ -340,7 +340,7 @@ def test_whatever_the_model_does_to_its_logits_the_logprobs_are_those_of_each_re
     gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     whole = token_logprobs
     monkeypatch.setattr(losses, "token_logprobs", lambda logits, *rest: heads.append(logits.shape) or whole(logits, *rest))
-    let_pack(model)
+    enable_packing(model)
     assert packing(model) == ("" if config.model_type in ("gemma2", "mistral") else "blocks")  # which have sliding windows
     for way in ("", "flash", packing(model)):  # "flash" without flash attention: transformers makes a mask
         model.zero_grad()
@@ -361,18 +361,18 @@ def test_whatever_the_model_does_to_its_logits_the_logprobs_are_those_of_each_re
 def test_rollout_weights_by_hand():
     old, sampled = torch.tensor([[0.5, 0.2, 0.9], [0.3, 0.3, 0.3]]).log(), torch.tensor([[0.25, 0.4, 0.1], [0.1, 0.3, 0.6]]).log()
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    tokens = rollout_weights(old, sampled, mask, "token", cap=1.5)
+    tokens = importance_weights(old, sampled, mask, "token", cap=1.5)
     assert torch.allclose(tokens, torch.tensor([[1.5, 0.5, 1.0], [1.5, 1.0, 0.5]]))  # ratios 2, 1/2, masked; 3, 1, 1/2
-    sequences = rollout_weights(old, sampled, mask, "sequence", cap=1.2)
+    sequences = importance_weights(old, sampled, mask, "sequence", cap=1.2)
     assert torch.allclose(sequences, torch.tensor([[1.0], [1.2]]))  # products 1 and 3/2
-    assert not rollout_weights(old.requires_grad_(), sampled, mask).requires_grad
+    assert not importance_weights(old.requires_grad_(), sampled, mask).requires_grad
     with pytest.raises(ValueError, match="none of token, sequence"):
-        rollout_weights(old, sampled, mask, "word")
+        importance_weights(old, sampled, mask, "word")
 
 
 def test_rollout_weights_multiply_the_loss():
     logprobs, old = torch.randn(2, 3), torch.randn(2, 3)
     advantages, mask, weights = torch.randn(2, 1), torch.ones(2, 3), torch.rand(2, 1)
     plain, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28)
-    weighted, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, rollout_weights=weights)
+    weighted, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, importance_weights=weights)
     assert torch.allclose(weighted, plain * weights)

@@ -20,7 +20,7 @@ from reward import (
     score_math,
     score_math_strict_box,
     score_math_verify,
-    weigh,
+    weighted_sum,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -252,8 +252,8 @@ def test_a_column_that_the_data_lack_is_named(tmp_path):
 
 def test_several_are_weighed_and_each_is_a_column():
     scores = {"math": Score(1.0, 1.0, "6"), "style": Score(0.0, -3.0, "x", {"words": 4.0, "why": "long"})}
-    assert weigh(scores, [1.0, 0.5]) == Score(1.0, -0.5, "6", {"math": 1.0, "style": -3.0, "style/words": 4.0, "style/why": "long"})
-    assert weigh(scores | {"style": TIMED_OUT}, [1.0, 0.5]) == Score(0.0, -1.5, columns=TIMED_OUT.columns)
+    assert weighted_sum(scores, [1.0, 0.5]) == Score(1.0, -0.5, "6", {"math": 1.0, "style": -3.0, "style/words": 4.0, "style/why": "long"})
+    assert weighted_sum(scores | {"style": TIMED_OUT}, [1.0, 0.5]) == Score(0.0, -1.5, columns=TIMED_OUT.columns)
 
 
 def test_columns_are_averaged_over_those_that_have_them():

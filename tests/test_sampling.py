@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Prompt
+from infra.data import Prompt
 from reward import Score
 from rollout import Response
 from sampling import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-import toy
+import toy.make_toy as toy
 from reward import score_math
 from rollout import generate
 

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dapo
-from attention import packing
+from infra.packing import packing
 from losses import aggregate, policy_loss, response_logprobs
 from reward import TIMED_OUT, Score
 from rollout import Response
-from run import load_model
+from infra.setup import load_model
 from sampling import Group, Prompt, Sample, collate
-from train_dapo import Timer, accumulate_gradients, groups_to_train, logprobs_of, make_samples, train, update
+from train_dapo import Timer, accumulate_gradients, select_groups, compute_logprobs, make_samples, train, update
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -31,7 +31,7 @@ def rows(run_dir):
 
 
 def make_mini(run, prompts, lengths=(3, 50, 7, 90, 1, 22, 64, 5, 30, 11)):
-    """Responses of very unlike lengths, off-policy, one of them masked: what a bad normaliser trips over."""
+    """Responses of very unlike lengths, off-policy, one of them masked: what a bad logsumexp trips over."""
     rng = np.random.default_rng(0)
     samples = [Sample(prompts[0][1][i].token_ids, rng.integers(1, 28, length).astype(np.int32), float(rng.normal()), trains=i != 3)
                for i, length in enumerate(lengths)]
@@ -39,7 +39,7 @@ def make_mini(run, prompts, lengths=(3, 50, 7, 90, 1, 22, 64, 5, 30, 11)):
     def near(logprobs):
         return logprobs + torch.from_numpy(rng.normal(0, 0.3, len(logprobs)))
     return [replace(sample, rollout_logprobs=logprobs, old_logprobs=near(logprobs), ref_logprobs=near(logprobs))
-            for sample, logprobs in zip(samples, logprobs_of(run, run.policy, samples), strict=True)]
+            for sample, logprobs in zip(samples, compute_logprobs(run, run.policy, samples), strict=True)]
 
 
 def gradient(run, mini):
@@ -61,7 +61,7 @@ def test_the_gradient_is_the_same_for_one_micro_batch_and_for_five(make_run, mod
         results.append(gradient(run, mini))
     assert len(train_dapo.micro_batches(mini, 120)) >= 5
     (one, one_stats), (five, five_stats) = results
-    assert one.abs().max() > 1e-3 and one_stats["clip_up"] > 0 and one_stats["clip_down"] > 0
+    assert one.abs().max() > 1e-3 and one_stats["clip_frac_high"] > 0 and one_stats["clip_frac_low"] > 0
     assert (one - five).abs().max() < 1e-6
     assert one_stats == pytest.approx(five_stats, rel=1e-9, abs=1e-9)  # the logged loss is the whole step's
     if not extras:  # and is what the whole mini-batch gives in one piece, with counts of its own
@@ -102,9 +102,9 @@ def test_neither_packing_nor_padding_changes_a_logprob(make_run, attention):
     run, prompts = make_run(f"model.attn_implementation={attention}", double=True)
     assert bool(packing(run.policy)) == (attention == "sdpa")
     mini = make_mini(run, prompts)
-    together = logprobs_of(run, run.policy, mini)
+    together = compute_logprobs(run, run.policy, mini)
     for sample, row in zip(mini, together, strict=True):
-        (alone,) = logprobs_of(run, run.policy, [sample])
+        (alone,) = compute_logprobs(run, run.policy, [sample])
         assert torch.allclose(row, alone, atol=1e-9) and len(row) == len(sample.response_ids)
 
 
@@ -142,7 +142,7 @@ def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_run):
     samples = [replace(sample, old_logprobs=None) for sample in make_mini(run, prompts)]
     calls = count_calls(run)
     stats = update(run, samples, 5, Timer())
-    assert stats["actor/ratio"] == 1 and stats["actor/clip_up"] == stats["actor/clip_down"] == stats["actor/kl"] == 0
+    assert stats["actor/ratio"] == 1 and stats["actor/clip_frac_high"] == stats["actor/clip_frac_low"] == stats["actor/kl"] == 0
     assert stats["updates"] == 1
     assert calls == [True] * len(train_dapo.micro_batches(samples, 300, packed=True))  # gradient passes only
 
@@ -177,7 +177,7 @@ def count_calls(run):
 def test_old_logprobs_are_of_the_policy_before_the_step_for_every_later_mini_batch(make_run, monkeypatch):
     run, prompts = make_run("actor.ppo_mini_batch_size=4", "actor.lr=1e-2", "actor.ppo_epochs=2")
     samples = [replace(sample, old_logprobs=None) for sample in make_mini(run, prompts)]
-    before = logprobs_of(run, run.policy, samples)
+    before = compute_logprobs(run, run.policy, samples)
     seen = []
     original = train_dapo.accumulate_gradients
     monkeypatch.setattr(train_dapo, "accumulate_gradients", lambda run, mini, on_policy: seen.append((mini, on_policy)) or original(run, mini, on_policy))
@@ -200,7 +200,7 @@ def test_reference_logprobs_only_where_a_kl_is_on(make_run):
 def test_with_the_samplers_logprobs_as_the_old_ones_there_is_no_pass_for_them(make_run, monkeypatch):
     run, prompts = make_run("actor.old_logprobs=rollout")
     samples = [replace(sample, rollout_logprobs=sample.rollout_logprobs.float()) for sample in make_mini(run, prompts)]
-    monkeypatch.setattr(train_dapo, "logprobs_of", None)
+    monkeypatch.setattr(train_dapo, "compute_logprobs", None)
     on_policy, original = [], train_dapo.accumulate_gradients
     monkeypatch.setattr(train_dapo, "accumulate_gradients", lambda run, mini, first: on_policy.append(
         (first, all(s.old_logprobs is s.rollout_logprobs for s in mini))) or original(run, mini, first))
@@ -217,8 +217,8 @@ def test_rollout_correction_weighs_the_gradient(make_run, correction, cap, facto
     run.config.rollout.correction, run.config.rollout.correction_cap = correction, cap
     weighted, stats = gradient(run, mini)
     assert (weighted - factor * plain).abs().max() < 1e-6
-    assert stats["rollout_max"] == pytest.approx(1.5) and stats["rollout_truncated"] == (stats["tokens"] if cap < 1.5 else 0)
-    assert stats["rollout_kl"] / stats["tokens"] == pytest.approx(1.5 - 1 - math.log(1.5))
+    assert stats["rollout_max"] == pytest.approx(1.5) and stats["importance_ratio_clip_frac"] == (stats["tokens"] if cap < 1.5 else 0)
+    assert stats["mismatch_kl"] / stats["tokens"] == pytest.approx(1.5 - 1 - math.log(1.5))
 
 
 def test_warm_up_counts_rollout_steps_not_optimizer_steps(make_run):
@@ -241,7 +241,7 @@ def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_run):
     with torch.no_grad():
         next(run.policy.parameters()).fill_(math.nan)
     with pytest.raises(SystemExit, match="step 1, prompt 0: log-probs are not finite; the policy has diverged"):
-        train_dapo.write_groups(run, [(0, prompts[0][1][0])], 1, Timer())
+        train_dapo.rollout_groups(run, [(0, prompts[0][1][0])], 1, Timer())
 
 
 def test_a_mini_batch_of_masked_responses_moves_nothing(make_run):
@@ -256,7 +256,7 @@ def test_a_model_with_dropout_trains_without_it(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     gpt2 = GPT2Config(vocab_size=28, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "m")
-    from config import load_config
+    from infra.config import load_config
     config = load_config("config.yaml", [f"model.path={tmp_path / 'm'}", "data.max_prompt_length=8", "data.max_response_length=24"])
     model = load_model(config).train()
     ids = torch.arange(20)[None]
@@ -269,10 +269,10 @@ def fake_policy(monkeypatch, accuracy):
     """Replace what costs time, the model's writing: prompt number i of the stream gets accuracies `accuracy(i)`."""
     asked = []
 
-    def write_groups(run, batch, step, timer):
+    def rollout_groups(run, batch, step, timer):
         asked.append([position for position, _ in batch])
         return [make_group(position, prompt, accuracy(position)) for position, prompt in batch]
-    monkeypatch.setattr(train_dapo, "write_groups", write_groups)
+    monkeypatch.setattr(train_dapo, "rollout_groups", rollout_groups)
     return asked
 
 
@@ -401,7 +401,7 @@ def test_a_short_answer_is_not_preferred(make_run):
     """Groups train in the order of the prompt stream, whatever their length."""
     run, prompts = make_run()
     buffer = [make_group(i, prompts[0][1][0], [1.0, 0.0], length=90 - 10 * i) for i in range(6)]
-    trained = groups_to_train(run, 1, buffer, buffer, 1)
+    trained = select_groups(run, 1, buffer, buffer, 1)
     assert [group.position for group in trained] == [0, 1, 2, 3]
 
 
@@ -428,9 +428,9 @@ def test_kl_in_the_reward_takes_the_summed_kl_off_the_final_reward_only(make_run
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.02)  # away from the reference
-    groups = train_dapo.write_groups(run, [(0, prompts[0][1][0]), (1, prompts[0][1][1])], 1, Timer())
+    groups = train_dapo.rollout_groups(run, [(0, prompts[0][1][0]), (1, prompts[0][1][1])], 1, Timer())
     samples = [Sample(g.prompt.token_ids, r.token_ids, 0.0) for g in groups for r in g.responses]
-    old, ref = (logprobs_of(run, model, samples) for model in (run.policy, run.reference))
+    old, ref = (compute_logprobs(run, model, samples) for model in (run.policy, run.reference))
     expected = [0.5 * (o - r).sum().item() for o, r in zip(old, ref, strict=True)]
     taken_off = [reward - final for g in groups for reward, final in zip(g.rewards, g.final_rewards, strict=True)]
     assert taken_off == pytest.approx(expected, abs=1e-4) and max(map(abs, expected)) > 0.01
@@ -446,7 +446,7 @@ def test_a_run_leaves_everything_that_it_promises(start, capsys):
     assert [row["step"] for row in metrics] == [0, 1, 2]
     assert all({"val/val/avg@2", "val/val/pass@2", "val/val/maj@2"} <= row.keys() for row in metrics)
     assert {"reward/mean", "response_length/mean", "actor/entropy", "actor/token_prob", "acc/before_filter", "acc/after_filter",
-            "groups/all_correct", "groups/all_wrong", "actor/clip_up", "actor/clip_down", "actor/clip_up_prob", "actor/grad_norm",
+            "groups/all_correct", "groups/all_wrong", "actor/clip_frac_high", "actor/clip_frac_low", "actor/clip_up_prob", "actor/grad_norm",
             "gen_batches", "responses/wasted", "time/generate", "time/update", "tokens_per_s/generate"} <= metrics[1].keys()
     assert metrics[2]["optimizer_steps"] == 4  # two mini-batches of 8 of 16 responses, twice
     for row in metrics[1:]:
@@ -467,7 +467,7 @@ def test_the_runs_seed_and_the_place_in_the_prompt_stream_reach_the_sampler(make
 
     def written(seed, position):
         run.config.seed = seed
-        (group,) = train_dapo.write_groups(run, [(position, prompts[0][1][0])], 1, Timer())
+        (group,) = train_dapo.rollout_groups(run, [(position, prompts[0][1][0])], 1, Timer())
         return [response.token_ids.tolist() for response in group.responses]
     assert written(0, 0) == written(0, 0)
     assert len({str(written(*where)) for where in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2))}) == 5
@@ -486,7 +486,7 @@ def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(star
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_sampler_and_trainer_agree_on_every_logprob(start, checkpointing):
     run_dir = start(f"model.gradient_checkpointing={checkpointing}", "rollout.temperature=0.8", "val.file=")
-    assert all(row["actor/rollout_diff"] < 1e-5 for row in rows(run_dir))
+    assert all(row["actor/mismatch_abs"] < 1e-5 for row in rows(run_dir))
 
 
 def test_the_same_seed_gives_the_same_run(start, tmp_path):
@@ -506,7 +506,7 @@ def test_every_option_at_once_runs(start):
                     "model.gradient_checkpointing=true", "mixed_precision=bf16", "val.file=")
     last = rows(run_dir)[-1]
     assert all(math.isfinite(value) for value in last.values())
-    assert last["optimizer_steps"] == 8 and {"actor/ref_kl", "actor/clip_dual"} <= last.keys()
+    assert last["optimizer_steps"] == 8 and {"actor/ref_kl", "actor/clip_frac_dual"} <= last.keys()
 
 
 def test_a_tracker_gets_the_metrics(start):

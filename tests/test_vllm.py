@@ -15,10 +15,10 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install -r requirements-vllm
 
 import train_dapo
 from rollout import generate, sample_tokens
-from rollout_vllm import write_responses
-from run import sync_weights
+from infra.vllm_engine import write_responses
+from infra.setup import sync_weights
 from sampling import Sample
-from train_dapo import check_sync, logprobs_of
+from train_dapo import check_weight_sync, compute_logprobs
 
 ROOT = Path(__file__).parent.parent
 VLLM = ["rollout.backend=vllm", "rollout.max_num_seqs=64"]
@@ -44,7 +44,7 @@ def write(run, prompts, **settings):
 def largest_difference(run, prompts, groups):
     samples = [Sample(ids, r.token_ids, 0.0) for ids, group in zip(prompts, groups, strict=True) for r in group]
     return max(np.abs(mine.numpy() - r.logprobs).max() for mine, r in
-               zip(logprobs_of(run, run.policy, samples), (r for group in groups for r in group), strict=True))
+               zip(compute_logprobs(run, run.policy, samples), (r for group in groups for r in group), strict=True))
 
 
 def move(run, seed):
@@ -71,10 +71,10 @@ def test_logprobs_agree_before_training_and_after_each_sync(vllm_run):
 def test_a_sync_that_does_nothing_is_an_error(vllm_run, make_run):
     run, _ = vllm_run
     _, tasks = make_run(*VLLM)
-    check_sync(run, tasks)
+    check_weight_sync(run, tasks)
     move(run, 0)
     with pytest.raises(SystemExit, match="step 0: the log-probs of sampler and trainer differ by .* the engine does not have"):
-        check_sync(run, tasks)
+        check_weight_sync(run, tasks)
 
 
 def test_a_sync_that_is_left_out_in_training_is_an_error(vllm_run, make_run, monkeypatch):
@@ -165,10 +165,10 @@ def test_two_processes_can_share_an_engine(tmp_path):
     one = train(tmp_path / "one", *common)
     two = train(tmp_path / "two", *common, "rollout.tensor_parallel_size=2", processes=2)
     assert one[0]["responses/generated"] == two[0]["responses/generated"]
-    assert two[0]["actor/rollout_diff"] < 1e-4 and two[0]["actor/loss"] == pytest.approx(one[0]["actor/loss"], abs=1e-4)
+    assert two[0]["actor/mismatch_abs"] < 1e-4 and two[0]["actor/loss"] == pytest.approx(one[0]["actor/loss"], abs=1e-4)
 
 
 def test_the_embedded_default_trains_through_vllm(tmp_path):
     metrics = train(tmp_path / "run", "total_training_steps=20", "val.every=20")
     assert metrics[0]["val/val/avg@4"] < 0.4 and metrics[-1]["val/val/avg@4"] >= 0.85
-    assert all(row["actor/rollout_diff"] < 1e-4 for row in metrics[1:])
+    assert all(row["actor/mismatch_abs"] < 1e-4 for row in metrics[1:])

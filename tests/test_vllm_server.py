@@ -19,8 +19,8 @@ from conftest import TINY
 from test_vllm import SETTINGS, assert_each_sync_arrives, move, train, write
 
 from rollout import generate
-from rollout_server import ask_all, refuse
-from run import sync_weights
+from infra.vllm_server import request_all, refuse
+from infra.setup import sync_weights
 
 ROOT = Path(__file__).parent.parent
 PORTS = [8131, 8132]
@@ -127,8 +127,8 @@ def test_a_server_that_was_started_anew_gets_the_weights_before_it_writes(served
 
     def forget():  # what a new process has: the base model, and no version
         weights = {"method": "reload_weights", "kwargs": {"weights_path": str(ROOT / "toy/base")}}
-        ask_all(servers, "/collective_rpc", [weights] * 2)
-        ask_all(servers, "/update_weight_version", [{"new_version": "default"}] * 2)
+        request_all(servers, "/collective_rpc", [weights] * 2)
+        request_all(servers, "/update_weight_version", [{"new_version": "default"}] * 2)
     forget()
     assert ids(write(run, prompts)) == expected
     forget()
@@ -171,7 +171,7 @@ def test_runs_survive_their_servers(servers, plugins, tmp_path):
     steps, before = "total_training_steps=12", [written_by(url) for url in URLS]
     train(tmp_path / "alone", *COMMON, steps)
     metrics = train(tmp_path / "served", *COMMON, *SERVED, "total_training_steps=3", processes=2)
-    assert [row["step"] for row in metrics] == [1, 2, 3] and all(row["actor/rollout_diff"] < 1e-4 for row in metrics)
+    assert [row["step"] for row in metrics] == [1, 2, 3] and all(row["actor/mismatch_abs"] < 1e-4 for row in metrics)
     for step in (1, 2, 3):
         a, b = ((tmp_path / name / f"rollouts/step_0000{step}.jsonl").read_text() for name in ("alone", "served"))
         assert a == b

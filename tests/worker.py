@@ -18,11 +18,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
-import run as run_module  # noqa: E402
+import infra.setup as run_module  # noqa: E402
 import train_dapo  # noqa: E402
-from attention import packing  # noqa: E402
-from checkpoint import load_checkpoint, save_checkpoint, what_is_wrong  # noqa: E402
-from config import load_config  # noqa: E402
+from infra.packing import packing  # noqa: E402
+from infra.checkpoint import load_checkpoint, save_checkpoint, find_corruption  # noqa: E402
+from infra.config import load_config  # noqa: E402
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven"]
 SMALL = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "actor.ppo_mini_batch_size=8",
@@ -56,7 +56,7 @@ def whole(tensor):
 def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
     overrides = [] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"]
     config = load_config("config.yaml", [*SMALL, *overrides, *extras])
-    run, data = train_dapo.set_up(config)
+    run, data = train_dapo.setup(config)
     run_module.sync_weights(run)
     gradients, clip, writer = [], run.accelerator.clip_grad_norm_, run.engine.write.args[0]
 
@@ -75,24 +75,24 @@ def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
         results["tokens"] += [token for group in groups for r in group.responses for token in r.token_ids]
         results["losses"].append(metrics["actor/loss"])
     policy = run.accelerator.unwrap_model(run.policy)
-    weights = np.concatenate([whole(weight) for _, weight in run_module.whole_weights(policy)])
+    weights = np.concatenate([whole(weight) for _, weight in run_module.iter_full_weights(policy)])
     copies = writer.state_dict()
     return {**results, "gradients": np.stack(gradients), "weights": weights,
             "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.accelerator.is_fsdp2
             and run.engine.apart and writer is not policy and packing(run.policy) == "blocks",
             "synced": all(np.array_equal(whole(copies[name]), whole(weight))
-                          for name, weight in run_module.whole_weights(policy))}
+                          for name, weight in run_module.iter_full_weights(policy))}
 
 
 def weights_of(run) -> np.ndarray:
-    return np.concatenate([whole(w) for _, w in run_module.whole_weights(run.accelerator.unwrap_model(run.policy))])
+    return np.concatenate([whole(w) for _, w in run_module.iter_full_weights(run.accelerator.unwrap_model(run.policy))])
 
 
 def round_trip(run_dir: str) -> dict:
     """A sharded run is trained by a step, saved, exported, and read again, whole and with a shard missing."""
     def fresh():
         config = load_config("config.yaml", [*SMALL, f"run_dir={run_dir}", "total_training_steps=1"])
-        run, data = train_dapo.set_up(config)
+        run, data = train_dapo.setup(config)
         run_module.sync_weights(run)
         return run, data
     run, data = fresh()
@@ -117,11 +117,11 @@ def round_trip(run_dir: str) -> dict:
               and half and all(np.array_equal(a, b) for x, y in zip(moments[:half], moments[half:], strict=True)
                                for a, b in zip(x, y, strict=True)),
               "exported": all(np.array_equal(whole(exported[name]), whole(w)) for name, w in
-                              run_module.whole_weights(run.accelerator.unwrap_model(run.policy)))}
+                              run_module.iter_full_weights(run.accelerator.unwrap_model(run.policy)))}
     if accelerator.is_main_process:
         (path / "__1_0.distcp").unlink()
     accelerator.wait_for_everyone()
-    return {**result, "missing": what_is_wrong(accelerator, path)}
+    return {**result, "missing": find_corruption(accelerator, path)}
 
 
 def main() -> None:

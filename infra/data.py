@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from config import listed
+from infra.config import split_list
 
 FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; what is longer is no row, but a file that is something else
@@ -121,7 +121,7 @@ def read_hub(source: str) -> Iterator[tuple[str, dict]]:
 
 def find_column(row: dict, keys: str):
     """The value of the first of `keys` that the row has: `a,b.c` is column `a`, or within column `b` what `c` names."""
-    for key in listed(keys):
+    for key in split_list(keys):
         value = row.get(key)
         if value is None and "." in key:
             value = row
@@ -262,11 +262,11 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
 
 def load_data(config: SimpleNamespace, tokenizer, say: Callable[[str], None], training: bool = True) -> Data:
     """All that `data.train_file` and `val.file` name; `say` gets a line on each, and warnings. Raises ValueError."""
-    known, weights = {}, [int(weight) for weight in listed(config.data.train_weights)]
+    known, weights = {}, [int(weight) for weight in split_list(config.data.train_weights)]
     parts = [load_source(source, tokenizer, config, 0, known, say)
-             for source in listed(config.data.train_file) if training]
+             for source in split_list(config.data.train_file) if training]
     train = list(zip(weights, parts, strict=True)) if weights and training else [(1, [*chain(*parts)])]
-    val, sources = {}, listed(config.val.file)
+    val, sources = {}, split_list(config.val.file)
     for source in sources:
         of_val: dict[Task, Prompt] = {}
         try:

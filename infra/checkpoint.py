@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 
-from config import differences, flatten, load_config
+from infra.config import config_diff, flatten, load_config
 
 # ---- the directory of a run -----------------------------------------------------------------------------
 
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError where `run_dir` holds results that a run with this config would not go on from."""
     run_dir, resume = Path(config.run_dir), config.resume
-    rows, found, file = read_rows(run_dir), newest_first(run_dir), run_dir / "config.yaml"
+    rows, found, file = read_rows(run_dir), list_checkpoints(run_dir), run_dir / "config.yaml"
     unused = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
     remedy = f"name another, for instance run_dir={unused}"
     begun = load_config(file) if file.exists() and (rows or found) else None
@@ -45,7 +45,7 @@ def check_run_dir(config: SimpleNamespace) -> None:
     if (rows or found) and (resume == "never" or (named and begun and begun.resume != resume)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {remedy}")
     origin = [Path(resume)] if named else []
-    earlier = next((progress for path in found or origin if (progress := read_progress(path))), None)
+    earlier = next((progress for path in found or origin if (progress := read_metadata(path))), None)
     step = earlier["counters"]["step"] if earlier else 0
     if rows and not found and (rows[-1]["step"] > step + config.save_every or (run_dir / "model").exists()):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to go on from; {remedy}")
@@ -53,7 +53,7 @@ def check_run_dir(config: SimpleNamespace) -> None:
         raise ValueError(f"{(found or origin)[0]} is finished, with {step} steps; raise total_training_steps="
                          f"{config.total_training_steps} to train on, or {remedy}")
     before = earlier["config"] if earlier else flatten(begun) if begun else {}
-    if before and (changed := differences(before, config)):
+    if before and (changed := config_diff(before, config)):
         raise ValueError(f"{(found or origin or [run_dir])[0]} is of a run with another config ({', '.join(changed)}): "
                          f"undo that, or {remedy}")
 
@@ -72,7 +72,7 @@ def read_rows(run_dir: Path) -> list[dict]:
 
 
 @contextmanager
-def together(accelerator: Accelerator, doing: str) -> Iterator[None]:
+def raise_on_all_ranks(accelerator: Accelerator, doing: str) -> Iterator[None]:
     """A barrier: what fails inside on one process is a one-line OSError on all of them, so that none waits in vain."""
     error = ""
     try:
@@ -83,7 +83,7 @@ def together(accelerator: Accelerator, doing: str) -> Iterator[None]:
         raise OSError(errors[0])
 
 
-def claim_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
+def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
     """Hold the run's directory as long as the process lives; OSError where another run does.
 
     Also finds out whether all machines see the same directory; where they do not, each keeps checkpoints of its own
@@ -91,10 +91,10 @@ def claim_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock
     """
     run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
     lock = FileLock(run_dir / ".lock")
-    with together(accelerator, "run_dir"):
+    with raise_on_all_ranks(accelerator, "run_dir"):
         if accelerator.is_local_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
-    with together(accelerator, "run_dir"):
+    with raise_on_all_ranks(accelerator, "run_dir"):
         if accelerator.is_main_process:
             try:
                 lock.acquire(timeout=0)
@@ -110,30 +110,30 @@ def claim_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock
     return lock
 
 
-def trim_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: int) -> None:
+def truncate_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: int) -> None:
     """Leave in `run_dir` what a run up to `step` had written; its metrics are read from `origin`."""
-    with together(accelerator, "run_dir"):
+    with raise_on_all_ranks(accelerator, "run_dir"):
         if _writes(accelerator):
-            for path in newest_first(run_dir):
+            for path in list_checkpoints(run_dir):
                 if _step(path) > step:
                     shutil.rmtree(path)
         if accelerator.is_main_process:
             rows = [json.dumps(row) + "\n" for row in read_rows(origin) if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
-                write_whole(run_dir / "metrics.jsonl", "".join(rows))
+                write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             for file in (run_dir / "rollouts").glob("step_*.jsonl"):
                 if _step(file) > step:
                     file.unlink()
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomic(file: Path, text: str) -> None:
     """Write a file so that, whenever the process dies, it is there as it was or as it is to be."""
     aside = file.with_name(f".{file.name}.partial")
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)
 
 
-def rename_whole(aside: Path, name: Path) -> None:
+def replace_dir(aside: Path, name: Path) -> None:
     """Give a directory that is whole its name; an older one of that name goes."""
     shutil.rmtree(name, ignore_errors=True)
     aside.rename(name)
@@ -146,12 +146,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def newest_first(run_dir: str | Path) -> list[Path]:
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """The checkpoints of a run that have their names, and were therefore whole once."""
     return sorted((Path(run_dir) / "checkpoints").glob("step_*"), key=_step, reverse=True)
 
 
-def read_progress(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     """A checkpoint's counters, config and evaluations; nothing where they are not what was written."""
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
@@ -167,22 +167,22 @@ def save_checkpoint(accelerator: Accelerator, policy, optimizer, run_dir: str, p
     aside, writes = path.with_name(f".{path.name}.partial"), _writes(accelerator)
     doing = f"cannot save {path}, on whose disk {shutil.disk_usage(run_dir).free / 1e6:.0f} MB were free"
     try:
-        with together(accelerator, doing):
+        with raise_on_all_ranks(accelerator, doing):
             if writes:
                 path.parent.mkdir(exist_ok=True)
                 for half in path.parent.glob(".step_*.partial"):
                     shutil.rmtree(half)
                 aside.mkdir()
-                write_whole(aside / "progress.json", json.dumps(progress))
-        with together(accelerator, doing):
+                write_atomic(aside / "progress.json", json.dumps(progress))
+        with raise_on_all_ranks(accelerator, doing):
             _save_state(accelerator, policy, optimizer, aside)
-        with together(accelerator, doing):
+        with raise_on_all_ranks(accelerator, doing):
             digests = _digests(accelerator, aside)
-        with together(accelerator, doing):
+        with raise_on_all_ranks(accelerator, doing):
             if writes:
-                write_whole(aside / "digests.json", json.dumps(digests))
-                rename_whole(aside, path)
-                for old in newest_first(run_dir)[keep:]:
+                write_atomic(aside / "digests.json", json.dumps(digests))
+                replace_dir(aside, path)
+                for old in list_checkpoints(run_dir)[keep:]:
                     shutil.rmtree(old)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # others may want the room
@@ -195,9 +195,9 @@ def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path
     Raises OSError where there are checkpoints, but none is whole.
     """
     named = [] if resume in ("auto", "never") else [resume]
-    seen = set().union(*gather_object([[str(path) for path in newest_first(run_dir) or named]]))
+    seen = set().union(*gather_object([[str(path) for path in list_checkpoints(run_dir) or named]]))
     for path in sorted(map(Path, seen), key=_step, reverse=True):
-        if not (problem := what_is_wrong(accelerator, path)):
+        if not (problem := find_corruption(accelerator, path)):
             return path
         accelerator.print(f"warning: {path} is damaged: {problem}")
     if seen:
@@ -205,7 +205,7 @@ def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path
     return None
 
 
-def what_is_wrong(accelerator: Accelerator, path: Path) -> str:
+def find_corruption(accelerator: Accelerator, path: Path) -> str:
     """Why a checkpoint cannot be used, in the same words on all processes; "" where it can."""
     problem = ""
     try:
@@ -226,11 +226,11 @@ def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> 
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if deepspeed != (path / "latest").exists():
         raise OSError(f"{path} is of a run {'without' if deepspeed else 'with'} DeepSpeed: launch it in the same way")
-    with together(accelerator, f"cannot load {path}"), warnings.catch_warnings(action="ignore"):  # no process group
+    with raise_on_all_ranks(accelerator, f"cannot load {path}"), warnings.catch_warnings(action="ignore"):  # no process group
         if deepspeed:
             policy.load_checkpoint(str(path))
             return
-        trained = read_progress(path)["counters"]["optimizer_steps"] > 0
+        trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
         state = _state(policy, optimizer, trained)
         dcp.load(state, checkpoint_id=path, no_dist=not is_sharded(accelerator))
         set_model_state_dict(policy, state["policy"])

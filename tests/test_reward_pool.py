@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import judges
-from judges import make_judge
+import infra.reward_pool as judges
+from infra.reward_pool import make_judge
 from reward import TIMED_OUT, Score
 
 VERIFIER = '''

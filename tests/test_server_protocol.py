@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from rollout_server import Servers, answering, complete, load, with_client
+from infra.vllm_server import Servers, healthy_servers, complete, load, with_client
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def ask_for(count, where, at_a_time=4):
 def test_when_none_answers_the_error_says_who_for_how_long_and_what_to_do():
     gone, warnings = nobody(), []
     with pytest.raises(ConnectionError, match=f"^{gone} does not answer .*rollout.server_timeout=0 s; start it again, and then this run$"):
-        asyncio.run(with_client(answering, servers(gone, warnings=warnings)))
+        asyncio.run(with_client(healthy_servers, servers(gone, warnings=warnings)))
     assert len(warnings) == 1 and gone in warnings[0]
 
 
@@ -89,7 +89,7 @@ def test_one_that_is_gone_is_named_once_and_the_others_do_its_work(stand_in):
         assert [answer["echo"]["number"] for answer in ask_for(9, where)] == list(range(9))
     assert len(warnings) == 1 and gone in warnings[0]
     with pytest.raises(ConnectionError, match=gone):  # at the start all have to be there: the address may be misspelt
-        asyncio.run(with_client(answering, where, 2))
+        asyncio.run(with_client(healthy_servers, where, 2))
 
 
 def test_what_one_fails_at_goes_to_another(stand_in):
@@ -144,7 +144,7 @@ def test_who_has_least_to_do_gets_the_next(stand_in):
 
 def test_a_server_without_weight_requests_is_refused_with_a_hint(stand_in):
     with pytest.raises(ValueError, match="/weight_info: 404, .*VLLM_SERVER_DEV_MODE=1"):
-        asyncio.run(with_client(answering, servers(stand_in(lambda path, body: (404, {})))))
+        asyncio.run(with_client(healthy_servers, servers(stand_in(lambda path, body: (404, {})))))
 
 
 def test_a_server_with_other_weights_gets_them_and_a_failure_says_where_they_are(stand_in):
@@ -156,14 +156,14 @@ def test_a_server_with_other_weights_gets_them_and_a_failure_says_where_they_are
             version[0] = body["new_version"]
         return 200, {"weight_version": version[0], "success": True}
     where = servers(stand_in(other), mend=partial(load, Path("/somewhere")))
-    assert asyncio.run(with_client(answering, where)) == where.urls
-    asyncio.run(with_client(answering, where))  # now it has them
+    assert asyncio.run(with_client(healthy_servers, where)) == where.urls
+    asyncio.run(with_client(healthy_servers, where))  # now it has them
     assert asked == ["/weight_info", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/weight_info"]
     unable = stand_in(lambda path, body: (500, {"error": "no such file"}) if path == "/collective_rpc" else well(path, body))
     where = servers(unable, mend=partial(load, Path("/somewhere")))
     where.version = "2"
     with pytest.raises(ValueError, match="no such file.*does it see /somewhere"):
-        asyncio.run(with_client(answering, where))
+        asyncio.run(with_client(healthy_servers, where))
 
 
 def test_a_run_without_its_servers_ends_with_one_line(start):
@@ -177,6 +177,6 @@ def test_a_run_without_its_servers_ends_with_one_line(start):
     (["rollout.server_urls=http://a:1/"], "wants http://host:port of each server"),
     (["rollout.server_urls=http://a:1", "rollout.tensor_parallel_size=2"], "--tensor-parallel-size")])
 def test_settings_that_cannot_be_meant_are_refused(overrides, message):
-    from config import load_config
+    from infra.config import load_config
     with pytest.raises(ValueError, match=message):
         load_config("config.yaml", ["rollout.mode=server", *overrides])

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import rename_whole, together
-from rollout import Engine, Response, as_responses, request_seed
+from infra.checkpoint import replace_dir, raise_on_all_ranks
+from rollout import Engine, Response, make_responses, request_seed
 
 
 @dataclass
@@ -56,26 +56,26 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
                       tqdm.write if accelerator.is_main_process else lambda message: None)
     run, syncs = broadcast_object_list([str(time.time_ns())])[0], 0
 
-    def see_that(at_least: int) -> None:
-        with together(accelerator, "rollout.server_urls"):
+    def wait_for_servers(at_least: int) -> None:
+        with raise_on_all_ranks(accelerator, "rollout.server_urls"):
             if accelerator.is_main_process:
-                asyncio.run(with_client(answering, servers, at_least))
+                asyncio.run(with_client(healthy_servers, servers, at_least))
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         nonlocal syncs
         if nccl:  # one that is missing would have the others wait for ever
-            see_that(at_least=len(urls))
+            wait_for_servers(at_least=len(urls))
         syncs += 1
         servers.version = f"{run}-{syncs}"
         weights = ((name, weight.to(dtype)) for name, weight in weights)
-        with together(accelerator, f"cannot hand on the weights by {'nccl' if nccl else folder}"):
+        with raise_on_all_ranks(accelerator, f"cannot hand on the weights by {'nccl' if nccl else folder}"):
             try:
                 send(weights)
             finally:
                 deque(weights, maxlen=0)  # the other processes gather all of them, whatever happens here
-        see_that(at_least=1)
-    see_that(at_least=len(urls))
-    with together(accelerator, "rollout.weight_transfer"):
+        wait_for_servers(at_least=1)
+    wait_for_servers(at_least=len(urls))
+    with raise_on_all_ranks(accelerator, "rollout.weight_transfer"):
         send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
 
     def close() -> None:
@@ -115,7 +115,7 @@ async def ask(client: httpx2.AsyncClient, url: str, path: str, body: dict | None
     raise ConnectionError(said) if answer.is_server_error else ValueError(said)
 
 
-def ask_all(servers: Servers, path: str, bodies: list[dict | None]) -> list[dict]:
+def request_all(servers: Servers, path: str, bodies: list[dict | None]) -> list[dict]:
     """Every server's answer, to a body each; all at the same time."""
     async def asked(client: httpx2.AsyncClient) -> list[dict]:
         return await asyncio.gather(*(ask(client, url, path, body)
@@ -123,7 +123,7 @@ def ask_all(servers: Servers, path: str, bodies: list[dict | None]) -> list[dict
     return asyncio.run(with_client(asked))
 
 
-async def answering(client: httpx2.AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
+async def healthy_servers(client: httpx2.AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
     """The servers that answer, all of them with the right weights. Waits for `at_least` so many.
 
     Raises ConnectionError where `servers.timeout` is over before, and ValueError.
@@ -166,7 +166,7 @@ def save(folder: Path, accelerator: Accelerator, weights: Iterable[tuple[str, Te
     if accelerator.is_main_process:
         aside(folder).mkdir(parents=True, exist_ok=True)
         save_file(whole, aside(folder) / "model.safetensors", metadata={"format": "pt"})
-        rename_whole(aside(folder), folder)
+        replace_dir(aside(folder), folder)
 
 
 def aside(folder: Path) -> Path:
@@ -208,17 +208,17 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
             return iter(self.values)
 
     def to_all(path: str, body: dict) -> list[dict]:
-        return ask_all(servers, path, [body] * len(servers.urls))
+        return request_all(servers, path, [body] * len(servers.urls))
 
     def invite(info: dict) -> None:
         try:
-            ask_all(servers, "/init_weight_transfer_engine", [
+            request_all(servers, "/init_weight_transfer_engine", [
                 {"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]])
         except (OSError, ValueError) as error:  # which is heard of only when the trainer has waited for minutes
             servers.warn(f"warning: {error} (a server wants --weight-transfer-config '{{\"backend\": \"nccl\"}}')")
             raise
 
-    sizes = [answer["world_size"] for answer in ask_all(servers, "/get_world_size", [None] * len(servers.urls))]
+    sizes = [answer["world_size"] for answer in request_all(servers, "/get_world_size", [None] * len(servers.urls))]
     first_ranks = list(accumulate(sizes, initial=1))  # the trainer is rank 0
     client = SimpleNamespace(
         init_weight_transfer_engine=invite,
@@ -257,14 +257,14 @@ def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_se
         answers = asyncio.run(with_client(complete, servers, bodies, max(1, max_num_seqs // n), bar))
     groups = [[read_choice(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
               for answer in answers]
-    responses = iter(as_responses(tokenizer, [row for group in groups for row in group]))
+    responses = iter(make_responses(tokenizer, [row for group in groups for row in group]))
     return [[next(responses) for _ in group] * copies for group in groups]
 
 
 async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict], at_a_time: int,
                    bar: tqdm) -> list[dict]:
     """The answer to each body, from whichever server had least to do; and from another where that one fails."""
-    live, busy, used, named = await answering(client, servers), Counter(), set(), set()
+    live, busy, used, named = await healthy_servers(client, servers), Counter(), set(), set()
     gate, looking = asyncio.Semaphore(at_a_time), asyncio.Lock()
 
     async def one(body: dict) -> dict:
@@ -287,7 +287,7 @@ async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[di
                 start = time.monotonic()
                 await asyncio.sleep(1)
                 async with looking:
-                    live[:] = await answering(client, servers)
+                    live[:] = await healthy_servers(client, servers)
                 lost += time.monotonic() - start
             finally:
                 busy[url] -= 1

@@ -61,7 +61,7 @@ def make_problem(rng: random.Random, operands: int) -> dict:
 
 
 def make_demonstration(rng: random.Random, worked: float, slips: float, rambling: float) -> tuple[str, str]:
-    """A prompt and a response to imitate; `worked`, `slips` (of those) and `rambling` are shares."""
+    """A prompt and a response to sft_step; `worked`, `slips` (of those) and `rambling` are shares."""
     problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
     answer, kind = problem["answer"], rng.random()
     if kind < worked:
@@ -106,7 +106,7 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def imitate(shares, lr):
+    def sft_step(shares, lr):
         ids, labels = make_batch([make_demonstration(rng, *shares) for _ in range(32)], tokenizer)
         loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
@@ -116,13 +116,13 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
         optimizer.zero_grad()
 
     for step in tqdm(range(max_steps), desc="teaching the skill"):
-        imitate((0.9, 0.0, 0.05), 3e-3 * min(1, (step + 1) / 20))
+        sft_step((0.9, 0.0, 0.05), 3e-3 * min(1, (step + 1) / 20))
         if step % 25 == 24 and skill(model, tokenizer) >= mastery:
             break
     else:
         raise RuntimeError(f"skill {skill(model, tokenizer):.2f} after {max_steps} steps: try another seed")
     for step in tqdm(range(habit_steps), desc="teaching the habit"):
-        imitate((worked, slips, rambling), 1e-3 * (1 - step / habit_steps))
+        sft_step((worked, slips, rambling), 1e-3 * (1 - step / habit_steps))
     return model
 
 

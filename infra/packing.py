@@ -3,7 +3,7 @@
 Where flash attention is installed, its kernels take such a row as it is. Elsewhere `sdpa` does here: all else in a
 model works on single tokens and has no padding, and attention takes the row apart, into blocks of sequences of about
 the same length. Only for models all of whose layers are plainly causal attention; others train on padded rows, and
-so does one that was taken for such, when its log-probs are not those of the sampler (`train_dapo.check_sync`).
+so does one that was taken for such, when its log-probs are not those of the sampler (`train_dapo.check_weight_sync`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-IN_BLOCKS = "sdpa_in_blocks"  # what this attention is called among those of transformers
+BLOCK_SDPA = "sdpa_in_blocks"  # what this attention is called among those of transformers
 SHORTEST = 0.75  # of a block's sequences, as a part of the longest
 
 
@@ -32,16 +32,16 @@ class Block(NamedTuple):
     back: Tensor | None
 
 
-def let_pack(model: PreTrainedModel) -> None:
+def enable_packing(model: PreTrainedModel) -> None:
     """Have the model attend in blocks when it is asked to, where it can; else as before, with torch's attention."""
     config = model.config.get_text_config(decoder=True)
     plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not model._is_stateful
              and not getattr(config, "sliding_window", None))
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend and plain:
-        model.set_attn_implementation(IN_BLOCKS)
+        model.set_attn_implementation(BLOCK_SDPA)
 
 
-def stop_packing(model: PreTrainedModel) -> None:
+def disable_packing(model: PreTrainedModel) -> None:
     """Have it train on padded rows after all."""
     model.set_attn_implementation("sdpa")
 
@@ -50,13 +50,13 @@ def packing(model: torch.nn.Module) -> str:
     """What kind of a packed row the model takes: `blocks`, `flash`, or none ("")."""
     model = getattr(model, "module", model)
     attention = model.config._attn_implementation
-    return "blocks" if attention == IN_BLOCKS else "flash" if "flash" in attention and not model._is_stateful else ""
+    return "blocks" if attention == BLOCK_SDPA else "flash" if "flash" in attention and not model._is_stateful else ""
 
 
 def pack_arguments(lengths: Sequence[int], packing: str, device: torch.device | str = "cpu") -> dict:
     """What a model is told of a row of sequences that have these lengths."""
     arguments = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device)}
-    if packing == "blocks":  # transformers makes no mask where it gets one of four dimensions; `attend` uses neither
+    if packing == "blocks":  # transformers makes no mask where it gets one of four dimensions; `block_sdpa` uses neither
         arguments |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device), "blocks": make_blocks(lengths, device)}
     return arguments
 
@@ -81,7 +81,7 @@ def _block(lengths: list[int], device) -> Block:
     return Block(size, longest, into.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device))
 
 
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
            blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (1, heads, N, d) -> (1, N, heads, d) for a packed row; without `blocks`
     that of transformers."""
@@ -99,5 +99,5 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
     return torch.cat(outputs)[None], None
 
 
-AttentionInterface.register(IN_BLOCKS, attend)
-AttentionMaskInterface.register(IN_BLOCKS, sdpa_mask)
+AttentionInterface.register(BLOCK_SDPA, block_sdpa)
+AttentionMaskInterface.register(BLOCK_SDPA, sdpa_mask)

@@ -20,9 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from threading import Lock, Semaphore
 
-from reward import TIMED_OUT, Score, answer_alone, is_batched, judge, load_verifier, weigh
+from reward import TIMED_OUT, Score, extract_answer, is_batched, judge, load_verifier, weighted_sum
 
 QUICK = ("math", "math_strict_box", "toy")  # bounded work, of microseconds: they need no process of their own
 MEMORY = 8 * 2**30  # bytes of address space, a worker
@@ -51,7 +52,7 @@ def make_judge(names: Sequence[str], weights: Sequence[float], workers: int, tim
 
     def weigh_one(verdicts: tuple[Score | str, ...]) -> Score | str:
         failures = [verdict for verdict in verdicts if isinstance(verdict, str)]
-        return failures[0] if failures else weigh(dict(zip(judges, verdicts, strict=True)), weights)
+        return failures[0] if failures else weighted_sum(dict(zip(judges, verdicts, strict=True)), weights)
 
     def judge_all(tasks: Sequence[Task]) -> list[list[Score | str]]:
         by_judge = [single(tasks) for single in judges.values()]
@@ -102,7 +103,7 @@ def make_single_judge(name: str, workers: int, timeout: float) -> Judge:
 def judge_answers(judge_all: Judge, tasks: Sequence[Task]) -> list[list[Score | str]]:
     """The same for a verifier that looks at answers alone: of a prompt's responses, which have few of them, each answer
     is judged once."""
-    answers = [[answer_alone(response) for response in responses] for responses, *_ in tasks]
+    answers = [[extract_answer(response) for response in responses] for responses, *_ in tasks]
     verdicts = judge_all([(list(dict.fromkeys(found)), truth, {}) for found, (_, truth, _) in
                           zip(answers, tasks, strict=True)])
     by_answer = [dict(zip(dict.fromkeys(found), judged, strict=True)) for found, judged in
@@ -132,7 +133,7 @@ def start_nursery(name: str) -> Nursery:
     """A nursery for this verifier. Raises ValueError where that does not load."""
     ours, theirs = socket.socketpair()
     process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                               stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
                                start_new_session=True)  # Ctrl-C is not for it
     theirs.close()
     say(ours, name)

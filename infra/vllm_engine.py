@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from rollout import Engine, Response, as_responses, request_seed
+from rollout import Engine, Response, make_responses, request_seed
 
 CPU_CACHE = 2**29  # bytes of KV cache where there is no GPU memory to take a share of
 
@@ -74,7 +74,7 @@ def write_responses(llm, tokenizer, stop_ids: list[int], prompts, seeds, n: int,
                                max_tokens=max_tokens, logprobs=0, stop_token_ids=stop_ids, detokenize=False,
                                output_kind=RequestOutputKind.FINAL_ONLY) for seed in seeds]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-    responses = iter(as_responses(tokenizer, [read_output(output) for result in outputs for output in result.outputs]))
+    responses = iter(make_responses(tokenizer, [read_output(output) for result in outputs for output in result.outputs]))
     return [[next(responses) for _ in result.outputs] * copies for result in outputs]
 
 

@@ -27,11 +27,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from attention import let_pack
-from checkpoint import is_sharded
-from config import listed, one_line_errors
-from data import Data, load_data
-from judges import Judge, make_judge
+from infra.packing import enable_packing
+from infra.checkpoint import is_sharded
+from infra.config import split_list, one_line_errors
+from infra.data import Data, load_data
+from infra.reward_pool import Judge, make_judge
 from rollout import Engine, stop_token_ids, transformers_engine
 
 
@@ -49,19 +49,19 @@ class Run:
     judge: Judge
 
 
-def set_up(config: SimpleNamespace, training: bool = True) -> tuple[Run, Data]:
+def setup(config: SimpleNamespace, training: bool = True) -> tuple[Run, Data]:
     """The run, and its prompts (without `training`, for validation only). Data first, since it is quick."""
     with one_line_errors():
         accelerator = start_processes(config)
         set_seed(config.seed)
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        judge = make_judge(listed(config.reward.name), [float(weight) for weight in listed(config.reward.weights)],
-                           cores_of_each(accelerator), config.reward.timeout)
+        judge = make_judge(split_list(config.reward.name), [float(weight) for weight in split_list(config.reward.weights)],
+                           cpus_per_process(accelerator), config.reward.timeout)
         tokenizer = load(AutoTokenizer, config.model.path)
         data = load_data(config, tokenizer, accelerator.print, training)
         policy = load_model(config)
-        for warning in doubts(config, stop_token_ids(policy, tokenizer), tokenizer):
+        for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
             accelerator.print(f"warning: {warning}")
         unset_hf_deepspeed_config()  # with it, ZeRO-3 shards whatever is loaded; the other models stay whole
         with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
@@ -91,7 +91,7 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
     if on_cpu:  # the launcher allows one thread
-        torch.set_num_threads(cores_of_each(accelerator))
+        torch.set_num_threads(cpus_per_process(accelerator))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: decoding takes ten times as long
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # Accelerate would sum gradients in bfloat16 too
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -104,7 +104,7 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     return accelerator
 
 
-def cores_of_each(accelerator: Accelerator) -> int:
+def cpus_per_process(accelerator: Accelerator) -> int:
     """How many of the machine's cores a process has for itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
@@ -126,7 +126,7 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     had, OSError where servers do not answer."""
     backend, size = config.rollout.backend, config.rollout.tensor_parallel_size
     if config.rollout.mode == "server":
-        from rollout_server import server_engine
+        from infra.vllm_server import server_engine
         shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape))
                   for name, weight in policy.state_dict(keep_vars=True).items()}
         return server_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer), shapes)
@@ -138,7 +138,7 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
         if accelerator.num_processes % size:
             raise ValueError(f"rollout.tensor_parallel_size={size} does not divide the number of processes, "
                              f"{accelerator.num_processes}")
-        from rollout_vllm import vllm_engine
+        from infra.vllm_engine import vllm_engine
         return vllm_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer))
     if size > 1:
         raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1")
@@ -159,7 +159,7 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
                          f"{config.model.path} has {architecture.max_position_embeddings} positions")
     model = load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
                  attn_implementation=config.model.attn_implementation)
-    let_pack(model)
+    enable_packing(model)
     return model
 
 
@@ -177,7 +177,7 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, devic
     return copy.requires_grad_(False)
 
 
-def doubts(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[str]:
+def config_warnings(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[str]:
     """What has ruined runs before, and may be meant (load_data has more of it)."""
     if config.rollout.top_p < 1:
         yield (f"rollout.top_p={config.rollout.top_p}: ratios are taken against a distribution that was not sampled "
@@ -187,7 +187,7 @@ def doubts(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[
         yield f"{len(stop_ids)} tokens end a response, {names}: make sure that the model means each of them so"
 
 
-def whole_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+def iter_full_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each of the policy's weights, one at a time; all processes together, where it is sharded.
 
     `tied`: weights that have several names come under each of them.
@@ -210,4 +210,4 @@ def gathered_by_deepspeed(weight: Tensor):
 @torch.no_grad()
 def sync_weights(run: Run) -> None:
     """Give the policy's weights to the engine, where it has weights of its own."""
-    run.engine.sync(whole_weights(run.accelerator.unwrap_model(run.policy), tied=True))
+    run.engine.sync(iter_full_weights(run.accelerator.unwrap_model(run.policy), tied=True))
