@@ -329,3 +329,19 @@ def mean_columns(scores: Sequence[Score]) -> dict[str, float]:
             if isinstance(value, float):
                 columns.setdefault(name, []).append(value)
     return {f"verdict/{name}": sum(values) / len(values) for name, values in columns.items()}
+
+from typing import NamedTuple
+@dataclass(frozen=True)
+class Score:
+    acc: float | None
+    score: float
+    pred: str = ""
+    extra: dict = field(default_factory=dict)
+    status: str = "ok"
+    message: str = ""
+class Task(NamedTuple):
+    responses: list
+    lengths: list
+    ground_truth: str
+    row: dict
+def mean_extra(scores): return {}

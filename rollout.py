@@ -1,15 +1,16 @@
-"""How does the current policy write responses? Token ids in, responses with their log-probs out.
+"""Rollouts: token ids of prompts in, responses with their log-probs out.
 
-An `Engine` is a few functions, behind which is a transformers model (here), vLLM in this process (rollout_vllm.py)
-or vLLM servers (rollout_server.py). In each case a response has a random stream of its own, so what is sampled does
-not depend on how prompts are batched, and the log-probs that come with the tokens are those of the distribution
-that was sampled from, after temperature and top_p.
+An `Engine` is a few functions over a transformers model (here), vLLM in this process
+(infra/vllm_engine.py) or vLLM servers (infra/vllm_server.py). Each response has its own random
+stream, so what is sampled does not depend on how prompts are batched. The log-probs are those of
+the distribution that was sampled from, after temperature and top_p.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,44 +19,89 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from infra.data import Prompt
+from infra.distributed import map_over_ranks
+from infra.rng import make_rng
+
 
 @dataclass(frozen=True)
 class Response:
-    """What the policy wrote. `token_ids` (T,) int32 end with the EOS, where there was one: then
-    `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32. `text` has no special tokens."""
+    """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
+    `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32. `text` lacks special tokens.
+    """
     token_ids: np.ndarray
     logprobs: np.ndarray
     text: str
     finish_reason: str
 
 
+class SamplingParams(NamedTuple):
+    """`n` responses per prompt, of at most `max_tokens`; temperature 0 takes the likeliest token.
+    """
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
 @dataclass(frozen=True)
 class Engine:
-    """`write(prompts, seeds, n, max_tokens, temperature, top_p, progress)`: n responses to each prompt, as `generate`
-    has it. `sync(weights)`: take these (name, value) pairs as the policy's weights. `rest()`: until the next sync,
-    nothing is to be written; give up memory. `close()`: the run is over. `apart`: whether its weights are a copy of
-    the policy's."""
-    write: Callable[..., list[list[Response]]]
+    """What generates responses.
+
+    generate(prompts, seeds, params, progress=""): `params.n` responses to each prompt (token ids).
+        `seeds` has integers for each prompt that determine what is sampled for it; `progress`
+        names a progress bar, "" shows none.
+    sync(weights): take these (name, value) pairs as the policy's weights.
+    sleep(): free memory; nothing is generated until the next sync.
+    close(): the run is over.
+    has_own_weights: whether the weights are a copy of the policy's.
+    """
+    generate: Callable[..., list[list[Response]]]
     sync: Callable[[Iterable[tuple[str, Tensor]]], None]
-    rest: Callable[[], None]
+    sleep: Callable[[], None]
     close: Callable[[], None]
-    apart: bool
+    has_own_weights: bool
 
 
-def transformers_engine(model, tokenizer, autocast: Callable, max_num_seqs: int, apart: bool) -> Engine:
-    """The model writes; `apart` says that it is a copy of the policy, not the policy itself."""
-    @torch.no_grad()
-    def sync(weights):
-        if apart:
-            copies = model.state_dict()
-            for name, weight in weights:
-                copies[name].copy_(weight)
-    write = partial(generate, model, tokenizer, max_num_seqs=max_num_seqs, autocast=autocast)
-    return Engine(write, sync, rest=lambda: None, close=lambda: None, apart=apart)
+def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose: str,
+             params: SamplingParams) -> list[list[Response]]:
+    """`params.n` responses to each prompt, in order; all ranks share the work and get the result.
+
+    What is sampled for a prompt is a function of the seed, `purpose` and its position. Raises
+    ValueError if the engine fails on any rank. `state` is a TrainState.
+    """
+    config, main = state.config, state.accelerator.is_main_process
+
+    def generate_share(indices: Sequence[int]) -> list[list[Response]]:
+        seeds = []
+        for i in indices:
+            rng = make_rng(config.seed, purpose, positions[i])
+            seeds.append(tuple(rng.integers(2**32, size=4).tolist()))
+        groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
+                                       progress=purpose if main else "")
+        for i, group in zip(indices, groups, strict=True):
+            if not all(np.isfinite(response.logprobs).all() for response in group):
+                raise ValueError(f"prompt {prompts[i].id}: log-probs are not finite; the policy "
+                                 "has diverged, or its numbers overflow")
+        return groups
+
+    return map_over_ranks(state.accelerator, generate_share, range(len(prompts)), purpose,
+                          config.rollout.tensor_parallel_size, serialize,
+                          partial(deserialize, n=params.n))
 
 
-def pack(groups: Sequence[Sequence[Response]]) -> tuple:
-    """Responses as few flat arrays, to travel between processes: 8 bytes a token, and the texts."""
+# ---- responses -----------------------------------------------------------------------------------
+
+def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]
+                   ) -> list[Response]:
+    """Responses from token ids, their log-probs, and whether the last one ended the response."""
+    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+    return [Response(ids, logprobs, text, "stop" if stopped else "length")
+            for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
+
+
+def serialize(groups: Sequence[Sequence[Response]]) -> tuple:
+    """Responses as a few flat arrays, to send to other ranks: 8 bytes per token, and the texts."""
     flat = [response for group in groups for response in group]
     lengths = np.array([len(response.token_ids) for response in flat], dtype=np.int32)
     return (lengths, np.array([response.finish_reason == "stop" for response in flat]),
@@ -64,58 +110,70 @@ def pack(groups: Sequence[Sequence[Response]]) -> tuple:
             [response.text for response in flat])
 
 
-def unpack(packed: tuple, n: int) -> list[list[Response]]:
-    """The groups of `n` responses that `pack` was given."""
-    lengths, stopped, token_ids, logprobs, texts = packed
+def deserialize(data: tuple, n: int) -> list[list[Response]]:
+    """The groups of `n` responses that `serialize` was given."""
+    lengths, stopped, token_ids, logprobs, texts = data
+    if not texts:
+        return []
     ends = lengths.cumsum()[:-1]
-    flat = [Response(ids, values, text, "stop" if stop else "length") for ids, values, text, stop in
-            zip(np.split(token_ids, ends), np.split(logprobs, ends), texts, stopped, strict=True)] if texts else []
+    parts = zip(np.split(token_ids, ends), np.split(logprobs, ends), texts, stopped, strict=True)
+    flat = [Response(*part[:3], "stop" if part[3] else "length") for part in parts]
     return [flat[i:i + n] for i in range(0, len(flat), n)]
 
 
-def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]) -> list[Response]:
-    """Responses of token ids, their log-probs, and whether the last one is an EOS."""
-    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
-    return [Response(ids, logprobs, text, "stop" if stopped else "length")
-            for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
-
-
 def request_seed(seed: tuple[int, ...]) -> int:
-    """The seed of a prompt's request to vLLM, which gives the i-th response this plus i."""
+    """The seed of a prompt's request to vLLM, which adds i to it for the i-th response."""
     return int(np.random.default_rng(seed).integers(2**62))
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
     """Every token that ends a response: the model's generation config may name several."""
     configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(ids - {None})
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return sorted((ids | {tokenizer.eos_token_id}) - {None})
 
 
-def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tuple[int, ...]], n: int,
-             max_tokens: int, temperature: float, top_p: float = 1.0, progress: str = "", max_num_seqs: int = 512,
-             autocast: Callable = nullcontext) -> list[list[Response]]:
-    """`n` responses to each prompt.
+# ---- decoding with transformers ------------------------------------------------------------------
 
-    Args:
-        prompts: token ids; each is run through the model once for its n responses.
-        seeds: for each prompt, integers that determine all that is sampled for it.
-        temperature: 0 takes the most probable token.
-        max_num_seqs: responses written at a time.
-        autocast: makes the context that the model computes in.
-        progress: what to call this on a progress bar, should it take more than seconds; "" shows none.
+def transformers_engine(model, tokenizer, autocast: Callable, max_num_seqs: int,
+                        has_own_weights: bool) -> Engine:
+    """An `Engine` over a model of transformers, the policy itself or a copy (`has_own_weights`)."""
+    @torch.no_grad()
+    def sync(weights):
+        if has_own_weights:
+            copies = model.state_dict()
+            for name, weight in weights:
+                copies[name].copy_(weight)
+
+    return Engine(partial(transformers_generate, model, tokenizer, max_num_seqs=max_num_seqs,
+                          autocast=autocast),
+                  sync, sleep=lambda: None, close=lambda: None, has_own_weights=has_own_weights)
+
+
+def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
+                          seeds: Sequence[tuple[int, ...]], params: SamplingParams,
+                          progress: str = "", max_num_seqs: int = 512,
+                          autocast: Callable = nullcontext) -> list[list[Response]]:
+    """`Engine.generate` with a model of transformers.
+
+    Each prompt is run through the model once for its n responses, of which at most `max_num_seqs`
+    are decoded at a time; `autocast` makes the context that the model computes in.
     """
-    training = model.training
-    model.eval()  # gradient checkpointing, which only works in training mode, would drop the cache
+    training, n = model.training, params.n
+    model.eval()  # gradient checkpointing, which needs training mode, would drop the cache
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     chunk = max(1, max_num_seqs // n)
-    starts, groups = range(0, len(prompts), chunk), []
-    for start in tqdm(starts, desc=progress, disable=not progress, leave=False, delay=10):
-        uniforms = np.stack([np.random.default_rng([*seed, sample]).random(max_tokens, dtype=np.float32)
-                             for seed in seeds[start:start + chunk] for sample in range(n)])
+    groups = []
+    for start in tqdm(range(0, len(prompts), chunk), desc=progress, disable=not progress,
+                      leave=False, delay=10):
+        uniforms = []
+        for seed in seeds[start:start + chunk]:
+            for i in range(n):
+                rng = np.random.default_rng([*seed, i])
+                uniforms.append(rng.random(params.max_tokens, dtype=np.float32))
         with autocast():
-            rows = _generate(model, prompts[start:start + chunk], torch.from_numpy(uniforms).to(model.device), n,
-                             temperature, top_p, stop_ids)
+            rows = decode(model, prompts[start:start + chunk],
+                          torch.from_numpy(np.stack(uniforms)).to(model.device), params, stop_ids)
         responses = make_responses(tokenizer, rows)
         groups += [responses[i:i + n] for i in range(0, len(responses), n)]
     model.train(training)
@@ -123,50 +181,57 @@ def generate(model, tokenizer, prompts: Sequence[list[int]], seeds: Sequence[tup
 
 
 @torch.no_grad()
-def _generate(model, prompts, uniforms: Tensor, n: int, temperature: float, top_p: float,
-              stop_ids: Tensor) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-    """The decoding loop over one batch of B = len(prompts) * n responses; `uniforms` (B, max_tokens)."""
-    device, (size, max_tokens) = model.device, uniforms.shape
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left").to(device)
+def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
+           stop_ids: Tensor) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """The decoding loop over B = len(prompts) * n responses, from `uniforms` (B, max_tokens).
+
+    Returns, for each response, its token ids, their log-probs, and whether an EOS ended it.
+    """
+    device, n, (size, max_tokens) = model.device, params.n, uniforms.shape
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True,
+                       padding_side="left").to(device)  # (prompts, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
-    output = model(input_ids=ids, attention_mask=mask.long(), past_key_values=DynamicCache(config=model.config),
-                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1)
-    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(n, dim=0)  # (B, V)
+    output = model(input_ids=ids, attention_mask=mask.long(),
+                   past_key_values=DynamicCache(config=model.config), use_cache=True,
+                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
+    cache = output.past_key_values
     cache.batch_repeat_interleave(n)
-    mask = torch.cat([mask.repeat_interleave(n, dim=0), mask.new_ones(size, max_tokens)], dim=1).long()
-    lengths = lengths.repeat_interleave(n)
+    logits = output.logits[:, -1].repeat_interleave(n, dim=0)  # (B, V)
+    mask = torch.cat([mask.repeat_interleave(n, dim=0), mask.new_ones(size, max_tokens)], dim=1)
+    mask, lengths = mask.long(), lengths.repeat_interleave(n)
 
     tokens = torch.zeros(size, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_tokens, device=device)
-    written = torch.zeros(size, dtype=torch.long, device=device)
+    num_tokens = torch.zeros(size, dtype=torch.long, device=device)
     stopped = torch.zeros(size, dtype=torch.bool, device=device)
-    rows = torch.arange(size, device=device)  # which response each row of the running batch is
+    rows = torch.arange(size, device=device)  # the response of each row of the running batch
     for t in range(max_tokens):
-        token, logprob = sample_tokens(logits, uniforms[rows, t], temperature, top_p)
+        token, logprob = sample_tokens(logits, uniforms[rows, t], params.temperature, params.top_p)
         running = ~stopped[rows]
-        live = rows[running]
-        tokens[live, t], logprobs[live, t] = token[running], logprob[running]
-        written[live] += 1
-        stopped[live] = torch.isin(token[running], stop_ids)
+        unfinished = rows[running]
+        tokens[unfinished, t], logprobs[unfinished, t] = token[running], logprob[running]
+        num_tokens[unfinished] += 1
+        stopped[unfinished] = torch.isin(token[running], stop_ids)
         keep = ~stopped[rows]
         remaining = int(keep.sum())
         if not remaining or t == max_tokens - 1:
             break
-        if remaining < 0.9 * len(rows):  # finished rows leave; a copy of the cache for each would cost more
+        if remaining < 0.9 * len(rows):  # finished rows leave, several at once: the cache is copied
             rows, token = rows[keep], token[keep]
             cache.batch_select_indices(keep.nonzero().squeeze(1))
-        logits = model(input_ids=token[:, None], attention_mask=mask[rows, :ids.shape[1] + t + 1],
-                       position_ids=(lengths[rows] + t)[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-    ids_out, logprobs_out = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
-    return [(ids_out[i, :w].copy(), logprobs_out[i, :w].copy(), s)
-            for i, (w, s) in enumerate(zip(written.tolist(), stopped.tolist(), strict=True))]
+        logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True,
+                       attention_mask=mask[rows, :ids.shape[1] + t + 1],
+                       position_ids=(lengths[rows] + t)[:, None]).logits[:, -1]
+    all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
+    return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
+            in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (B, V) from one uniform number in [0, 1) each (B,), and its log-prob.
-
-    Temperature 0 is greedy, with the log-prob at temperature 1.
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float,
+                  top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits (B, V) from a uniform number in [0, 1) each, and its
+    log-prob: (B,), (B,). Temperature 0 is greedy, with the log-prob at temperature 1.
     """
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -174,15 +239,16 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     else:
         if top_p < 1:
             logprobs = top_p_filter(logprobs, top_p)
-        cumulative = logprobs.exp().cumsum(-1)  # (B, V); scaled, since rounding leaves its end beside 1
+        cumulative = logprobs.exp().cumsum(-1)  # (B, V); scaled, since it ends only near 1
         target = uniforms[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+        token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        token = token.clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(1)
 
 
 def top_p_filter(logprobs: Tensor, top_p: float) -> Tensor:
-    """Renormalised to the fewest most probable tokens whose probabilities add up to at least `top_p`."""
+    """Renormalised to the fewest most probable tokens whose probabilities sum to `top_p`."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all that is more probable
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # the sum of all more probable tokens
     ordered = ordered.masked_fill(before >= top_p, -torch.inf)
     return torch.log_softmax(torch.empty_like(logprobs).scatter_(-1, order, ordered), dim=-1)

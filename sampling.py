@@ -1,36 +1,38 @@
-"""Which prompts come next, which groups train, and how do they become tensors?
+"""Dynamic sampling: which prompts are drawn, how they are scored, which groups are trained.
 
-DAPO's dynamic sampling (section 3.2, equation 11) keeps a group only if its responses differ in what
-they achieved, since equal rewards give every one of them the advantage 0. Departure from the paper:
-the test is on any metric, not only on accuracy being neither 0 nor 1.
+DAPO (section 3.2, equation 11) keeps a group only if its responses differ in accuracy, since equal
+rewards give every response the advantage 0. Departures from the paper:
+  1. The filter compares any metric, not only accuracy with 0 and 1.
+  2. If `filter_groups.max_num_gen_batches` is reached before the batch is full, the step trains on
+     the groups there are, is skipped, or ends the run (`filter_groups.at_limit`).
 
-The prompt stream is endless: epoch after epoch, each in an order of its own. A position in the stream
-is one integer, and identifies a group even where the data repeat a prompt.
+The prompt stream is endless: epoch after epoch, each in its own order. A position in the stream is
+one integer, and identifies a group even if the data repeat a prompt.
 """
 
 import math
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heapreplace
+from types import SimpleNamespace
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from infra.packing import pack_arguments
-from infra.data import Mixture, Prompt
-from reward import Score
+from infra.config import escape_control
+from infra.data import Prompt
+from infra.distributed import map_over_ranks
+from infra.rng import make_rng
+from reward import Score, Task, overlong_penalty
 from rollout import Response
 
 
 @dataclass(frozen=True)
 class Group:
-    """The n responses to one prompt, judged. All lists have length n.
+    """The n responses to one prompt with their scores. All lists have length n.
 
-    `scores` are the verifier's; `rewards` add the overlong penalty; `final_rewards` subtract the KL
-    term from those, where it is on. `position` in the prompt stream is the group's identity.
+    `scores` are the reward function's; `rewards` add the overlong penalty; `final_rewards` subtract
+    the KL penalty from those, if it is on. `position` in the prompt stream identifies the group.
     """
     position: int
     prompt: Prompt
@@ -40,161 +42,169 @@ class Group:
     final_rewards: list[float]
 
     def metric(self, name: str) -> list[float]:
-        """The values that `filter_groups.metric` looks at."""
-        return {"acc": [score.acc for score in self.scores], "score": [score.score for score in self.scores],
-                "seq_reward": self.rewards, "seq_final_reward": self.final_rewards}[name]
+        """The values that `filter_groups.metric` names, one per response. `acc` is the score if the
+        reward function states no accuracy."""
+        if name == "seq_reward":
+            return self.rewards
+        if name == "seq_final_reward":
+            return self.final_rewards
+        if name == "acc" and all(score.acc is not None for score in self.scores):
+            return [score.acc for score in self.scores]
+        return [score.score for score in self.scores]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One response, ready to train on. `trains` is False where it is masked out of the loss.
-
-    Log-probs are (T,) tensors on the CPU: `rollout_logprobs` as they were when it was sampled,
-    `old_logprobs` as the trainer computes the same, `ref_logprobs` of the initial policy.
-    """
-    prompt_ids: list[int]
-    response_ids: np.ndarray
-    advantage: float
-    trains: bool = True
-    rollout_logprobs: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-def make_rng(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """Every random draw of a run is a function of the seed, what it is for, and where in the run it is."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *counters])
-
-
-# ---- prompts ----------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=64)
-def _epoch_order(num_prompts: int, seed: int, epoch: int, part: int) -> np.ndarray:
-    return make_rng(seed, "prompt order", epoch, part).permutation(num_prompts)
+def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
+    return make_rng(seed, "prompt order", epoch, 0).permutation(num_prompts)
 
 
-@lru_cache(maxsize=16)
-def _mixing_order(weights: tuple[int, ...], seed: int, round_: int) -> np.ndarray:
-    return make_rng(seed, "mixture", round_).permutation(np.repeat(np.arange(len(weights)), weights))
-
-
-def draw_prompts(mixture: Mixture, position: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
-    """The `count` prompts from `position` of the endless stream, each with its own position.
-
-    The stream goes in rounds, in each of which every part of the mixture has as many places as its weight says, in
-    shuffled order. A part gives its prompts epoch after epoch, each in an order of its own.
-    """
-    weights, drawn = tuple(weight for weight, _ in mixture), []
+def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) -> list[Prompt]:
+    """The `count` prompts from `position` of the endless stream; each epoch is shuffled anew."""
+    drawn = []
     for at in range(position, position + count):
-        round_, place = divmod(at, sum(weights))
-        order = _mixing_order(weights, seed, round_)
-        part = order[place]
-        epoch, index = divmod(round_ * weights[part] + np.count_nonzero(order[:place] == part), len(mixture[part][1]))
-        drawn.append((at, mixture[part][1][_epoch_order(len(mixture[part][1]), seed, epoch, part)[index]]))
+        epoch, index = divmod(at, len(prompts))
+        drawn.append(prompts[_epoch_order(len(prompts), seed, epoch)[index]])
     return drawn
 
 
-def auto_batch_size(missing: int, kept: float, drawn: float) -> int:
-    """So many prompts that `missing` groups will be kept of them, more likely than not, if as large a share is as the
-    `kept` of those `drawn` before (as if there had been one more, and that kept).
+def generation_batch_size(config: SimpleNamespace, missing: int, kept: float,
+                          generated: float) -> int:
+    """Number of prompts of the next generation batch, when `missing` groups are still needed.
 
-    Draws until m successes of probability p have mean m / p and standard deviation sqrt(m (1 - p)) / p: one of these
-    is the margin. More would waste responses, less generation batches.
+    `data.gen_batch_size=auto`: as many as probably give `missing` groups, if the share that is kept
+    stays that of the last groups (`kept` of `generated`, recent steps counting more), and at most
+    four times train_batch_size. Draws until m successes of probability p have the mean m / p and
+    the standard deviation sqrt(m (1 - p)) / p; one standard deviation is added: more would waste
+    responses, less would cost generation batches.
     """
-    share = (kept + 1) / (drawn + 1)
-    return math.ceil((missing + math.sqrt(missing * (1 - share))) / share)
+    size, chosen = config.data.train_batch_size, config.data.gen_batch_size
+    if not config.filter_groups.enable:
+        return size
+    if chosen != "auto":
+        return chosen
+    share = (kept + 1) / (generated + 1)
+    return min(4 * size, math.ceil((missing + math.sqrt(missing * (1 - share))) / share))
 
 
-# ---- groups -----------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
-def is_informative(values: list[float]) -> bool:
-    """Whether a group's metric values differ, by more than rounding noise: only then can it teach anything."""
+def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
+                    purpose: str) -> list[list[Score]]:
+    """The score of every response, in the order of the prompts; all ranks share the work.
+
+    A response on which the reward function fails or takes too long counts as wrong, with a warning.
+    Raises ValueError if the reward function fails on all of them. `state` is a TrainState.
+    """
+    tasks = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        tasks.append(Task([response.text for response in group],
+                          [len(response.token_ids) for response in group],
+                          prompt.answer, prompt.row))
+    scores = map_over_ranks(state.accelerator, state.scorer, tasks, purpose)
+    failed = [(prompt, response, score) for prompt, group, of_group
+              in zip(prompts, responses, scores, strict=True)
+              for response, score in zip(group, of_group, strict=True) if score.status == "error"]
+    late = sum(score.status == "timeout" for of_group in scores for score in of_group)
+    if failed:
+        prompt, response, score = failed[0]
+        problem = escape_control(f"prompt {prompt.id} ({prompt.text[-60:]!r}), response "
+                                 f"({response.text[-60:]!r}): {score.message}")
+        if len(failed) == sum(map(len, scores)):
+            raise ValueError(f"{purpose}, {problem} (and so on all {len(failed)} responses)")
+        warn(state, f"{purpose}, {len(failed)} responses count as wrong: {problem}")
+    if late:
+        warn(state, f"{purpose}, {late} responses count as wrong: the reward function took longer "
+                    f"than reward.timeout={state.config.reward.timeout} s, or its process died")
+    return scores
+
+
+def warn(state, message: str) -> None:
+    """Print a warning above the progress bar, once."""
+    if state.accelerator.is_main_process:
+        tqdm.write(f"warning: {message}")
+
+
+# ---- groups --------------------------------------------------------------------------------------
+
+def make_groups(config: SimpleNamespace, positions: range, prompts: list[Prompt],
+                responses: list[list[Response]], scores: list[list[Score]]) -> list[Group]:
+    """A group per prompt; a response's reward is its score and, if on, the soft overlong
+    punishment (equation 13)."""
+    overlong, groups = config.overlong_buffer, []
+    for position, prompt, of_prompt, scored in zip(positions, prompts, responses, scores,
+                                                   strict=True):
+        rewards = [score.score for score in scored]
+        if overlong.enable:
+            rewards = [reward + overlong_penalty(len(response.token_ids),
+                                                 config.data.max_response_length, overlong.len,
+                                                 overlong.penalty_factor)
+                       for reward, response in zip(rewards, of_prompt, strict=True)]
+        groups.append(Group(position, prompt, of_prompt, scored, rewards, final_rewards=rewards))
+    return groups
+
+
+def is_informative(values: Sequence[float]) -> bool:
+    """Whether the values differ by more than rounding noise: equal ones give no advantage."""
     return max(values) - min(values) > 1e-9
 
 
-# ---- mini-batches and micro-batches -----------------------------------------------------------------------------
-
-def mini_batches(num_samples: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffled indices, in as few parts as hold at most `size` each, which differ by at most one in length."""
-    return np.array_split(rng.permutation(num_samples), -(-num_samples // size))
+def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
+    """The filter (equation 11): whether a group is trained, by the config's section of that name."""
+    return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
 
 
-def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
-                  packed: bool = False) -> list[list[int]]:
-    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens (or of one sample).
+def select_groups(kept: list[Group], config: SimpleNamespace) -> list[Group]:
+    """The groups that are trained: the first `train_batch_size` kept, in the stream's order.
 
-    The longest first, to whichever rank has the fewest tokens yet; or, `packed`, to whichever batch has, of as few
-    as will do. Not packed, padding counts, and the samples of a batch are of about the same length. Every rank gets as
-    many batches as the others, since collectives need them all; what it lacks is empty.
+    If there are fewer, `filter_groups.at_limit` decides: those, or none (the step is skipped).
     """
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
-    lengths = [len(samples[i]) for i in order]
-    if packed:
-        parts = balance_lengths(lengths, world * -(-sum(lengths) // (world * max_tokens)))
-        while over := sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts):
-            parts = balance_lengths(lengths, len(parts) + -(-over // world) * world)
-        return [[order[at] for at in part] for part in parts[rank::world]]
-    batches = [fill_batches([order[at] for at in part], samples, max_tokens) for part in balance_lengths(lengths, world)]
-    return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
+    size = config.data.train_batch_size
+    return kept[:size] if len(kept) >= size or config.filter_groups.at_limit == "train" else []
 
 
-def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
-    """Each of the lengths, by its place, to whichever of `count` parts is the least yet."""
-    parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
-    for at, length in enumerate(lengths):
-        least, part = sums[0]
-        heapreplace(sums, (least + length, part))
-        parts[part].append(at)
-    return parts
+def check_underfilled(state, counters: dict, step: int, kept: list[Group], generated: list[Group],
+                      gen_batches: int) -> None:
+    """Say why a step has too few groups. Raises ValueError if the run is to stop there."""
+    filter_groups = state.config.filter_groups
+    message = underfilled_message(step, kept, generated, gen_batches, filter_groups.metric)
+    if filter_groups.at_limit == "error":
+        raise ValueError(message)
+    trains = kept and not counters["consecutive_skips"]
+    warn(state, f"{message}. This step "
+                + (f"trains on {len(kept)} groups" if trains else "is skipped"))
+    if counters["consecutive_skips"] > filter_groups.max_skipped_steps:
+        raise ValueError(f"{counters['consecutive_skips']} steps in a row were skipped, the last "
+                         f"because: {message}")
 
 
-def fill_batches(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
-    """Batches of `indices`, longest first, which are padded to that."""
-    batches, room, row = [], 0, 1
-    for i in indices:
-        if room < row:
-            batches.append([])
-            room, row = max_tokens, len(samples[i])
-        batches[-1].append(i)
-        room -= row
-    return batches
-
-
-def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "") -> dict:
-    """Tensors for `losses.response_logprobs` and the loss.
-
-    Each sample is a row of `input_ids`, padded on the right, which causal attention needs no mask for; or all are one
-    row, where the model takes that (`packing`, as `attention.packing` has it), and `packed` tells them apart. Of the
-    N response tokens, one after the other: `tokens`; `before`, the position before each, counted through all rows;
-    `places`, where they are among (B, T).
-
-    Masks come from lengths, never from token values: the EOS that ended a response is trained, even
-    where padding has the same id. `mask` is what trains.
-    """
-    sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
-    flat = torch.from_numpy(np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
-    if packing:
-        ids = flat[None]
-        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
-    else:
-        ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
-        starts = torch.arange(len(sizes)) * ids.shape[1]
-    column = torch.arange(int(lengths.max()))  # (T,)
-    written = column < lengths[:, None]  # (B, T)
-    first = starts + torch.tensor(sizes) - lengths - 1
-    before = (first[:, None] + column)[written]
-    places = written.flatten().nonzero().squeeze(1)
-    batch = {"input_ids": ids, "tokens": ids.flatten()[before + 1], "before": before, "places": places,
-             "mask": written & torch.tensor([[s.trains] for s in samples]),
-             "advantages": torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)}
-    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
-        values = [getattr(s, name) for s in samples]
-        if all(value is not None for value in values):
-            values = torch.cat(values)
-            batch[name] = values.new_zeros(written.numel()).index_copy(0, places, values).view(written.shape)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    batch["packed"] = pack_arguments(sizes, packing, device) if packing else {}
-    return batch
+def underfilled_message(step: int, kept: list[Group], generated: list[Group], gen_batches: int,
+                        metric: str) -> str:
+    """Why a step has too few groups, and what to do about it."""
+    scores = [score for group in generated for score in group.scores]
+    responses = [response for group in generated for response in group.responses]
+    with_acc = all(score.acc is not None for score in scores)
+    right, wrong = (sum(set(group.metric("acc")) == {value} for group in generated) / len(generated)
+                    if with_acc else 0.0 for value in (1.0, 0.0))
+    truncated = sum(response.finish_reason == "length" for response in responses) / len(responses)
+    unparsed = sum(not score.pred for score in scores) / len(scores)
+    hidden = sum(is_informative(group.metric("score")) for group in generated) - len(kept)
+    found = f"{right:.0%} all-correct, {wrong:.0%} all-wrong, "
+    advice = "use harder prompts" if right > wrong else "use easier prompts"
+    advice += ", or raise filter_groups.max_num_gen_batches"
+    if not with_acc:
+        found, advice = "the reward function states no accuracy, so scores are compared, ", (
+            "let it return scores that differ between responses")
+    elif hidden > 0 and metric == "acc":
+        advice = (f"scores differ in {hidden} groups more, but accuracy does not: filter on "
+                  "filter_groups.metric=score, or let the reward function return `acc`")
+    elif truncated > 0.5:
+        advice = ("raise data.max_response_length; if responses used to end, the policy has "
+                  "collapsed: lower actor.lr")
+    elif wrong == 1 and unparsed > 0.5:
+        advice = ("ask in data.prompt_template for the form that the reward function parses (see "
+                  "reward.name), and read rollouts/")
+    return (f"step {step} kept {len(kept)} of {len(generated)} groups after {gen_batches} "
+            f"generation batches; {found}{unparsed:.0%} of responses without a parsed answer, "
+            f"{truncated:.0%} truncated: {advice}")

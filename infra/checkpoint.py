@@ -1,13 +1,13 @@
-"""What is kept on disk, so that a run that was stopped or killed goes on as if nothing had happened?
+"""The directory of a run: its lock, resuming, and checkpoints.
 
-    RUN_DIR/checkpoints/step_00010/    weights and optimizer, by torch's distributed checkpoints: each process
-                                       writes its shard where the policy is sharded, and any number of
-                                       processes may read them again
+    RUN_DIR/checkpoints/step_00010/    weights and optimizer, by torch's distributed checkpoints:
+                                       each rank writes its shard if the policy is sharded, and any
+                                       number of ranks can read them
                         progress.json  counters, config and evaluations so far
                         digests.json   SHA-256 of every other file
 
-Each is written under another name and renamed when it is whole. There is no generator and no scheduler to
-keep: every random draw and the learning rate are functions of the seed and the counters.
+Each is written under a temporary name and renamed when it is complete. There is no generator and no
+scheduler to save: every random draw and the learning rate are functions of the seed and counters.
 """
 
 import hashlib
@@ -15,51 +15,79 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch.distributed.checkpoint as dcp
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from evaluate import Evaluation, Evaluations
 from infra.config import config_diff, flatten, load_config
+from infra.data import Prompt
+from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
+from infra.files import replace_dir, write_atomic
+from infra.logprobs import check_weight_sync
+from infra.setup import TrainState, sync_weights
+from plot import plot_runs
 
-# ---- the directory of a run -----------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """How far a run is: `counters` (all 0 at the start), `evaluations` of the validation sets,
+    `identity`, the config and a hash of the prompts that checkpoints belong to."""
+    counters: Counter
+    evaluations: Evaluations
+    identity: dict
+
+
+# ---- the directory of a run ----------------------------------------------------------------------
 
 def check_run_dir(config: SimpleNamespace) -> None:
-    """Raise ValueError where `run_dir` holds results that a run with this config would not go on from."""
-    run_dir, resume = Path(config.run_dir), config.resume
-    rows, found, file = read_rows(run_dir), list_checkpoints(run_dir), run_dir / "config.yaml"
-    unused = next(name for i in range(2, 10**6) if not Path(name := f"{config.run_dir}-{i}").exists())
-    remedy = f"name another, for instance run_dir={unused}"
-    begun = load_config(file) if file.exists() and (rows or found) else None
+    """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
+    run_dir, resume, file = Path(config.run_dir), config.resume, Path(config.run_dir, "config.yaml")
+    rows, checkpoints = read_metrics(run_dir), list_checkpoints(run_dir)
+    unused = next(name for i in range(2, 10**6)
+                  if not Path(name := f"{config.run_dir}-{i}").exists())
+    hint = f"name another, for instance run_dir={unused}"
+    started = load_config(file) if file.exists() and (rows or checkpoints) else None
     named = resume not in ("auto", "never")
     if named and not (Path(resume) / "progress.json").exists():
         raise ValueError(f"resume: {resume} is not auto, never or a checkpoint's directory")
-    if (rows or found) and (resume == "never" or (named and begun and begun.resume != resume)):
-        raise ValueError(f"run_dir: {run_dir} holds an earlier run; {remedy}")
-    origin = [Path(resume)] if named else []
-    earlier = next((progress for path in found or origin if (progress := read_metadata(path))), None)
-    step = earlier["counters"]["step"] if earlier else 0
-    if rows and not found and (rows[-1]["step"] > step + config.save_every or (run_dir / "model").exists()):
-        raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to go on from; {remedy}")
+    other_origin = named and started and started.resume != resume
+    if (rows or checkpoints) and (resume == "never" or other_origin):
+        raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
+    sources = checkpoints or ([Path(resume)] if named else [])
+    metadata = next((found for path in sources if (found := read_metadata(path))), None)
+    step = metadata["counters"]["step"] if metadata else 0
+    lost = rows and not checkpoints and (rows[-1]["step"] > step + config.save_every
+                                         or (run_dir / "model").exists())
+    if lost:
+        raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to resume "
+                         f"from; {hint}")
     if step >= config.total_training_steps:
-        raise ValueError(f"{(found or origin)[0]} is finished, with {step} steps; raise total_training_steps="
-                         f"{config.total_training_steps} to train on, or {remedy}")
-    before = earlier["config"] if earlier else flatten(begun) if begun else {}
+        raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
+                         f"{config.total_training_steps} to train on, or {hint}")
+    # A run that branches off a named checkpoint into a new directory may change any key.
+    before = metadata["config"] if checkpoints and metadata else flatten(started) if started else {}
     if before and (changed := config_diff(before, config)):
-        raise ValueError(f"{(found or origin or [run_dir])[0]} is of a run with another config ({', '.join(changed)}): "
-                         f"undo that, or {remedy}")
+        raise ValueError(f"{(checkpoints or [run_dir])[0]} has another config "
+                         f"({', '.join(changed)}): undo that; {hint}; or branch off: "
+                         f"resume={(checkpoints or [run_dir])[0]} run_dir={unused}")
 
 
-def read_rows(run_dir: Path) -> list[dict]:
-    """The whole rows of metrics.jsonl: the last may be half written."""
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The complete rows of metrics.jsonl; the last may be half written. Raises ValueError."""
     file, rows = Path(run_dir) / "metrics.jsonl", []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     for number, line in enumerate(lines, 1):
@@ -71,23 +99,11 @@ def read_rows(run_dir: Path) -> list[dict]:
     return rows
 
 
-@contextmanager
-def raise_on_all_ranks(accelerator: Accelerator, doing: str) -> Iterator[None]:
-    """A barrier: what fails inside on one process is a one-line OSError on all of them, so that none waits in vain."""
-    error = ""
-    try:
-        yield
-    except (Exception, CheckpointException) as failure:  # a full disk has many names
-        error = f"{doing}: {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
-    if errors := [error for error in gather_object([error]) if error]:
-        raise OSError(errors[0])
-
-
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
-    """Hold the run's directory as long as the process lives; OSError where another run does.
+    """Lock the run's directory for the life of the process. Raises OSError if another run has it.
 
-    Also finds out whether all machines see the same directory; where they do not, each keeps checkpoints of its own
-    (`save_on_each_node`).
+    Also finds out whether all machines see the same directory; if not, each keeps checkpoints of
+    its own (`save_on_each_node`).
     """
     run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
     lock = FileLock(run_dir / ".lock")
@@ -99,26 +115,93 @@ def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise OSError(f"another run is writing into {run_dir}; wait for it, stop it, or name another") from None
+                raise OSError(f"another run is writing into {run_dir}; wait for it, stop it, or "
+                              "name another") from None
             (run_dir / ".shared").write_text(mark)
-        check_run_dir(config)  # again, now that nobody else writes there
+        check_run_dir(config)  # again, now that no other run writes there
     file = run_dir / ".shared"
     own_disks = not all(gather_object([file.exists() and file.read_text() == mark]))
     if own_disks and is_sharded(accelerator):
-        raise OSError(f"run_dir: {run_dir} is not the same directory on all machines, as a sharded run needs it")
+        raise OSError(f"run_dir: {run_dir} is not the same directory on all machines, which a "
+                      "sharded run needs")
     accelerator.project_configuration.save_on_each_node = own_disks
     return lock
 
 
+def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
+    """Load the run's newest checkpoint if there is one, check the weight sync, start the tracker.
+
+    Returns the progress that training continues from. Raises OSError or ValueError.
+    """
+    config, accelerator, run_dir = state.config, state.accelerator, Path(state.config.run_dir)
+    identity = {"config": flatten(config), "data": hash_prompts(prompts)}
+    metadata = {"counters": {}, "evaluations": {}}
+    if any(other != identity for other in gather_object([identity])):
+        raise OSError("the processes have different configs, or read different data.train_file")
+    path = find_checkpoint(accelerator, config.run_dir, config.resume)
+    if path:
+        metadata = read_metadata(path)
+        branch = path.parent.parent.resolve() != run_dir.resolve()
+        if metadata["data"] != identity["data"] and not branch:
+            raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
+                          "another run_dir")
+        load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
+        for group in state.optimizer.param_groups:
+            group["weight_decay"] = config.actor.weight_decay  # a branch may have another
+        accelerator.print(f"resuming from {path}")
+        val_changed = any(metadata["config"].get(key) != value
+                          for key, value in identity["config"].items()
+                          if key.startswith("val.") and key != "val.every")
+        if val_changed:
+            metadata["evaluations"] = {}  # not comparable with those to come
+        if branch:
+            record_branch(accelerator, config, path, metadata)
+    sync_weights(state)
+    check_weight_sync(state, prompts)
+    truncate_run(accelerator, run_dir, path.parent.parent if path else run_dir,
+                 metadata["counters"].get("step", -1))
+    with raise_on_all_ranks(accelerator, "run_dir"):
+        if accelerator.is_main_process:
+            (run_dir / "rollouts").mkdir(exist_ok=True)
+            resolved = json.loads(json.dumps(config, default=vars))
+            write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    accelerator.init_trackers("dapo", flatten(config))
+    evaluations = {}
+    for name, of_set in metadata["evaluations"].items():
+        evaluations[name] = {title: Evaluation(**kept) for title, kept in of_set.items()}
+    return Progress(Counter(metadata["counters"]), evaluations, identity)
+
+
+def record_branch(accelerator: Accelerator, config: SimpleNamespace, path: Path,
+                  metadata: dict) -> None:
+    """Print what differs from the run that this one branches off, and keep it in branch.json."""
+    changed = config_diff(metadata["config"], config)
+    accelerator.print(f"a branch of {path}: {', '.join(changed) or 'the same config'}")
+    with raise_on_all_ranks(accelerator, "run_dir"):
+        if accelerator.is_main_process:
+            record = {"checkpoint": str(path), "step": metadata["counters"]["step"],
+                      "changed": changed}
+            write_atomic(Path(config.run_dir) / "branch.json", json.dumps(record, indent=1))
+
+
+def hash_prompts(prompts: list[Prompt]) -> str:
+    """A digest of all prompts and answers."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        text = f"{prompt.text}\0{prompt.answer}\0"
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
 def truncate_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: int) -> None:
-    """Leave in `run_dir` what a run up to `step` had written; its metrics are read from `origin`."""
+    """Remove from `run_dir` what was written after `step`; metrics are read from `origin`."""
     with raise_on_all_ranks(accelerator, "run_dir"):
         if _writes(accelerator):
             for path in list_checkpoints(run_dir):
                 if _step(path) > step:
                     shutil.rmtree(path)
         if accelerator.is_main_process:
-            rows = [json.dumps(row) + "\n" for row in read_rows(origin) if row["step"] <= step]
+            rows = [json.dumps(row) + "\n" for row in read_metrics(origin) if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             for file in (run_dir / "rollouts").glob("step_*.jsonl"):
@@ -126,91 +209,135 @@ def truncate_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: in
                     file.unlink()
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Write a file so that, whenever the process dies, it is there as it was or as it is to be."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+def save_model(state: TrainState, name: str) -> None:
+    """Write policy and tokenizer to `run_dir/name`, a transformers directory. Raises OSError."""
+    run_dir, policy = Path(state.config.run_dir), state.accelerator.unwrap_model(state.policy)
+    weights = {}
+    for key, weight in iter_full_weights(policy):
+        if state.accelerator.is_main_process:
+            weights[key] = weight.to("cpu", policy.dtype)
+    with raise_on_all_ranks(state.accelerator, f"cannot save {run_dir / name}"):
+        if state.accelerator.is_main_process:
+            tmp_path = run_dir / f".{name}.partial"
+            shutil.rmtree(tmp_path, ignore_errors=True)
+            policy.save_pretrained(tmp_path, state_dict=weights)
+            state.tokenizer.save_pretrained(tmp_path)
+            for file in tmp_path.iterdir():
+                file.chmod(0o644)  # safetensors makes weights readable by their owner only
+            replace_dir(tmp_path, run_dir / name)
 
 
-def replace_dir(aside: Path, name: Path) -> None:
-    """Give a directory that is whole its name; an older one of that name goes."""
-    shutil.rmtree(name, ignore_errors=True)
-    aside.rename(name)
+def save_after_failure(state: TrainState) -> str:
+    """Save the policy if it was trained; returns what to add to the error message."""
+    if not state.optimizer.state:
+        return ""
+    try:
+        save_model(state, "last_good_model")
+    except OSError as error:
+        return f". The policy is lost: {error}"
+    return f". The policy as it was is in {state.config.run_dir}/last_good_model"
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------
+def save_results(state: TrainState, progress: Progress) -> bool:
+    """After a step: save the model, the curves and a checkpoint, each if it is due.
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds but a part of the policy: by FSDP2, or DeepSpeed's ZeRO-3."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    Returns whether the run is to stop because any rank has received a signal.
+    """
+    config, step = state.config, progress.counters["step"]
+    last = step == config.total_training_steps
+    if config.save_model_every and step % config.save_model_every == 0:
+        save_model(state, f"model_step_{step:05d}")
+    if last:  # before the last checkpoint, which says that the run is finished
+        save_model(state, "model")
+        with raise_on_all_ranks(state.accelerator, "curves.png"):
+            if state.accelerator.is_main_process:
+                plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
+    stop = state.accelerator.check_trigger()
+    if stop or (config.save_every and (last or step % config.save_every == 0)):
+        save_checkpoint(state, progress)
+    return stop
 
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run that have their names, and were therefore whole once."""
+    """The complete checkpoints of a run, the newest first."""
     return sorted((Path(run_dir) / "checkpoints").glob("step_*"), key=_step, reverse=True)
 
 
 def read_metadata(path: Path) -> dict:
-    """A checkpoint's counters, config and evaluations; nothing where they are not what was written."""
+    """A checkpoint's counters, config and evaluations; {} if they are not what was written."""
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
-        whole = digests["progress.json"] == _digest(path / "progress.json")
-        return json.loads((path / "progress.json").read_text(encoding="utf-8")) if whole else {}
+        intact = digests["progress.json"] == _digest(path / "progress.json")
+        return json.loads((path / "progress.json").read_text("utf-8")) if intact else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def save_checkpoint(accelerator: Accelerator, policy, optimizer, run_dir: str, progress: dict, keep: int) -> None:
-    """Write `checkpoints/step_*`, whole or not at all, and remove all but the `keep` newest. Raises OSError."""
-    path = Path(run_dir) / "checkpoints" / f"step_{progress['counters']['step']:05d}"
-    aside, writes = path.with_name(f".{path.name}.partial"), _writes(accelerator)
-    doing = f"cannot save {path}, on whose disk {shutil.disk_usage(run_dir).free / 1e6:.0f} MB were free"
+def save_checkpoint(state: TrainState, progress: Progress) -> None:
+    """Write `checkpoints/step_*`, whole or not at all; remove all but the newest
+    `keep_checkpoints`. Raises OSError."""
+    accelerator, run_dir = state.accelerator, Path(state.config.run_dir)
+    path = run_dir / "checkpoints" / f"step_{progress.counters['step']:05d}"
+    tmp_path, writes = path.with_name(f".{path.name}.partial"), _writes(accelerator)
+    free = shutil.disk_usage(run_dir).free / 1e6
+    doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
+    evaluations = {}
+    for name, of_set in progress.evaluations.items():
+        evaluations[name] = {title: asdict(evaluation) for title, evaluation in of_set.items()}
+    metadata = progress.identity | {"counters": progress.counters, "evaluations": evaluations}
     try:
         with raise_on_all_ranks(accelerator, doing):
             if writes:
                 path.parent.mkdir(exist_ok=True)
                 for half in path.parent.glob(".step_*.partial"):
                     shutil.rmtree(half)
-                aside.mkdir()
-                write_atomic(aside / "progress.json", json.dumps(progress))
+                tmp_path.mkdir()
+                write_atomic(tmp_path / "progress.json", json.dumps(metadata))
         with raise_on_all_ranks(accelerator, doing):
-            _save_state(accelerator, policy, optimizer, aside)
+            if writes or is_sharded(accelerator):
+                optimizer = state.optimizer.optimizer
+                with warnings.catch_warnings(action="ignore"):
+                    dcp.save(_state_dict(state.policy, optimizer, bool(optimizer.state)),
+                             checkpoint_id=tmp_path, no_dist=not is_sharded(accelerator))
         with raise_on_all_ranks(accelerator, doing):
-            digests = _digests(accelerator, aside)
+            digests = _digests(accelerator, tmp_path)
         with raise_on_all_ranks(accelerator, doing):
             if writes:
-                write_atomic(aside / "digests.json", json.dumps(digests))
-                replace_dir(aside, path)
-                for old in list_checkpoints(run_dir)[keep:]:
+                write_atomic(tmp_path / "digests.json", json.dumps(digests))
+                replace_dir(tmp_path, path)
+                for old in list_checkpoints(run_dir)[state.config.keep_checkpoints:]:
                     shutil.rmtree(old)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # others may want the room
+        shutil.rmtree(tmp_path, ignore_errors=True)  # frees the disk
         raise
 
 
 def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path | None:
-    """The run's newest whole checkpoint, or else the one that `resume` names; None: start from nothing.
-
-    Raises OSError where there are checkpoints, but none is whole.
-    """
+    """The newest intact checkpoint of the run, or the one that `resume` names; None if there is no
+    checkpoint. Raises OSError if none of them is intact."""
     named = [] if resume in ("auto", "never") else [resume]
-    seen = set().union(*gather_object([[str(path) for path in list_checkpoints(run_dir) or named]]))
+    found = gather_object([[str(path) for path in list_checkpoints(run_dir) or named]])
+    seen = set().union(*found)
     for path in sorted(map(Path, seen), key=_step, reverse=True):
-        if not (problem := find_corruption(accelerator, path)):
+        problem = find_corruption(accelerator, path)
+        if not problem:
             return path
         accelerator.print(f"warning: {path} is damaged: {problem}")
     if seen:
-        raise OSError(f"no checkpoint is whole of {', '.join(sorted(seen))}; start anew in another run_dir")
+        raise OSError(f"no checkpoint is intact of {', '.join(sorted(seen))}; start in another "
+                      "run_dir")
     return None
 
 
 def find_corruption(accelerator: Accelerator, path: Path) -> str:
-    """Why a checkpoint cannot be used, in the same words on all processes; "" where it can."""
+    """Why a checkpoint cannot be used, the same on all ranks; "" if it can."""
     problem = ""
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
-        wrong = [name for name in _my_part(accelerator, sorted(digests)) if _digest(path / name) != digests[name]]
+        wrong = [name for name in _my_part(accelerator, sorted(digests))
+                 if _digest(path / name) != digests[name]]
         problem = f"{wrong[0]} is not what was written" if wrong else ""
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
@@ -222,58 +349,48 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
 
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
-    """Weights and optimizer as they were saved. Raises OSError."""
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if deepspeed != (path / "latest").exists():
-        raise OSError(f"{path} is of a run {'without' if deepspeed else 'with'} DeepSpeed: launch it in the same way")
-    with raise_on_all_ranks(accelerator, f"cannot load {path}"), warnings.catch_warnings(action="ignore"):  # no process group
-        if deepspeed:
-            policy.load_checkpoint(str(path))
-            return
+    """Load weights and optimizer as they were saved. Raises OSError."""
+    with (raise_on_all_ranks(accelerator, f"cannot load {path}"),
+          warnings.catch_warnings(action="ignore")):  # of one process without a process group
         trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
-        state = _state(policy, optimizer, trained)
-        dcp.load(state, checkpoint_id=path, no_dist=not is_sharded(accelerator))
-        set_model_state_dict(policy, state["policy"])
+        state_dict = _state_dict(policy, optimizer, trained)
+        dcp.load(state_dict, checkpoint_id=path, no_dist=not is_sharded(accelerator))
+        set_model_state_dict(policy, state_dict["policy"])
         if trained:
-            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+            set_optimizer_state_dict(policy, optimizer, state_dict["optimizer"])
 
 
-def _save_state(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        policy.save_checkpoint(str(path))
-    elif is_sharded(accelerator) or _writes(accelerator):
-        with warnings.catch_warnings(action="ignore"):
-            dcp.save(_state(policy, optimizer, bool(optimizer.state)), checkpoint_id=path,
-                     no_dist=not is_sharded(accelerator))
-
-
-def _state(policy, optimizer, trained: bool) -> dict:
-    """What is saved. An optimizer that has taken no step is left alone: torch would take one to see its state."""
-    state = {"policy": get_model_state_dict(policy)}
-    return state | {"optimizer": get_optimizer_state_dict(policy, optimizer)} if trained else state
-
-
-def _own_disks(accelerator: Accelerator) -> bool:
-    return accelerator.project_configuration.save_on_each_node
+def _state_dict(policy, optimizer, trained: bool) -> dict:
+    """What a checkpoint holds. To read the state of an untrained optimizer, torch would step it."""
+    state_dict = {"policy": get_model_state_dict(policy)}
+    if trained:
+        state_dict["optimizer"] = get_optimizer_state_dict(policy, optimizer)
+    return state_dict
 
 
 def _writes(accelerator: Accelerator) -> bool:
-    return accelerator.is_local_main_process if _own_disks(accelerator) else accelerator.is_main_process
+    own_disks = accelerator.project_configuration.save_on_each_node
+    return accelerator.is_local_main_process if own_disks else accelerator.is_main_process
 
 
 def _my_part(accelerator: Accelerator, files: list) -> list:
-    """This process's part of some work on all files of a disk."""
-    return files if _own_disks(accelerator) else files[accelerator.process_index::accelerator.num_processes]
+    """This rank's share of work on all files of a disk."""
+    if accelerator.project_configuration.save_on_each_node:
+        return files
+    return files[accelerator.process_index::accelerator.num_processes]
 
 
 def _digests(accelerator: Accelerator, path: Path) -> dict[str, str]:
-    """SHA-256 of each file, by its name under `path`; the processes share the work."""
+    """SHA-256 of each file, by its name under `path`; the ranks share the work."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    if _own_disks(accelerator):
+    if accelerator.project_configuration.save_on_each_node:
         return {name: _digest(path / name) for name in names}
-    names = broadcast_object_list([names])[0]  # a network's file system may not show the same to all
-    parts = gather_object([{name: _digest(path / name) for name in _my_part(accelerator, names)}])
-    return {name: digest for part in parts for name, digest in part.items()}
+    names = broadcast_object_list([names])[0]  # a network file system may not show all files yet
+    digests = {}
+    mine = {name: _digest(path / name) for name in _my_part(accelerator, names)}
+    for part in gather_object([mine]):
+        digests |= part
+    return digests
 
 
 def _digest(file: Path) -> str:

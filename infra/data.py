@@ -278,7 +278,7 @@ def load_data(config: SimpleNamespace, tokenizer, say: Callable[[str], None], tr
         val[set_name(source) if len(alike) == 1 else source] = prompts
         if leaked := len(of_val.keys() & known.keys()):
             say(f"warning: {source}: {leaked} of its {len(of_val)} prompts are in data.train_file too")
-    return Data(train, val)
+    return Data(train[0][1] if train else [], val)
 
 
 def set_name(source: str) -> str:

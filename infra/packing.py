@@ -1,9 +1,10 @@
-"""How do sequences of different lengths attend, side by side in one row, without padding?
+"""Attention over sequences of different lengths in one row, without padding.
 
-Where flash attention is installed, its kernels take such a row as it is. Elsewhere `sdpa` does here: all else in a
-model works on single tokens and has no padding, and attention takes the row apart, into blocks of sequences of about
-the same length. Only for models all of whose layers are plainly causal attention; others train on padded rows, and
-so does one that was taken for such, when its log-probs are not those of the sampler (`train_dapo.check_weight_sync`).
+If flash attention is installed, its kernels take such a packed row. Otherwise `block_sdpa` does:
+everything else in a model works on single tokens and has no padding, and attention splits the row
+into blocks of sequences of similar length. This holds for models all of whose layers are plain
+causal attention; others are trained on padded rows, and so is a model whose log-probs on packed
+rows are not the sampler's (`logprobs.check_weight_sync`).
 """
 
 from collections.abc import Sequence
@@ -16,86 +17,94 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BLOCK_SDPA = "sdpa_in_blocks"  # what this attention is called among those of transformers
-SHORTEST = 0.75  # of a block's sequences, as a part of the longest
+BLOCK_SDPA = "block_sdpa"  # the name of this attention among those of transformers
+SHORTEST = 0.75  # the shortest sequence of a block, as a part of its longest
 
 
 class Block(NamedTuple):
-    """Sequences that are neighbours in a packed row, `size` tokens in all, `longest` in the longest.
+    """Neighbouring sequences of a packed row, `size` tokens in all, the longest with `longest`.
 
-    As rows padded to that: `into` (rows * longest,) are their tokens' places within the block, `back` (size,) the
-    tokens' places among them. None where all are of one length.
+    `gather_index` (rows * longest,) makes rows of equal length of them (padded with any token),
+    `scatter_index` (size,) finds their tokens among those. None if all have the same length.
     """
     size: int
     longest: int
-    into: Tensor | None
-    back: Tensor | None
+    gather_index: Tensor | None
+    scatter_index: Tensor | None
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Have the model attend in blocks when it is asked to, where it can; else as before, with torch's attention."""
+    """Use `block_sdpa` for packed rows if the model allows it; other input attends as before."""
     config = model.config.get_text_config(decoder=True)
-    plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not model._is_stateful
-             and not getattr(config, "sliding_window", None))
-    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend and plain:
+    plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+             and not model._is_stateful and not getattr(config, "sliding_window", None))
+    sdpa = model.config._attn_implementation == "sdpa"
+    if sdpa and model._supports_attention_backend and plain:
         model.set_attn_implementation(BLOCK_SDPA)
 
 
 def disable_packing(model: PreTrainedModel) -> None:
-    """Have it train on padded rows after all."""
+    """Train on padded rows."""
     model.set_attn_implementation("sdpa")
 
 
-def packing(model: torch.nn.Module) -> str:
-    """What kind of a packed row the model takes: `blocks`, `flash`, or none ("")."""
+def packing_kind(model: torch.nn.Module) -> str:
+    """The kind of packed row that the model takes: `blocks`, `flash`, or "" for none."""
     model = getattr(model, "module", model)
     attention = model.config._attn_implementation
-    return "blocks" if attention == BLOCK_SDPA else "flash" if "flash" in attention and not model._is_stateful else ""
+    if attention == BLOCK_SDPA:
+        return "blocks"
+    return "flash" if "flash" in attention and not model._is_stateful else ""
 
 
-def pack_arguments(lengths: Sequence[int], packing: str, device: torch.device | str = "cpu") -> dict:
-    """What a model is told of a row of sequences that have these lengths."""
-    arguments = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device)}
-    if packing == "blocks":  # transformers makes no mask where it gets one of four dimensions; `block_sdpa` uses neither
-        arguments |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device), "blocks": make_blocks(lengths, device)}
-    return arguments
+def packing_kwargs(lengths: Sequence[int], packing: str, device: torch.device | str) -> dict:
+    """The model's keyword arguments for a packed row of sequences with these lengths."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    kwargs = {"position_ids": positions[None].to(device)}
+    if packing == "blocks":  # a mask of four dimensions keeps transformers from making one
+        kwargs |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device),
+                   "blocks": make_blocks(lengths, device)}
+    return kwargs
 
 
 def make_blocks(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Block]:
-    """The blocks of a row of sequences that have these lengths: few and full where the longest come first."""
+    """The blocks of a packed row: fewest if the sequences are sorted by length."""
     rows, blocks = [], []
     for i, length in enumerate(lengths):
         rows.append(length)
         if i + 1 == len(lengths) or lengths[i + 1] < SHORTEST * rows[0]:
-            blocks.append(_block(rows, device))
+            blocks.append(_make_block(rows, device))
             rows = []
     return blocks
 
 
-def _block(lengths: list[int], device) -> Block:
+def _make_block(lengths: list[int], device) -> Block:
     size, longest = sum(lengths), max(lengths)
     if size == len(lengths) * longest:
         return Block(size, longest, None, None)
-    into = pad_sequence(torch.arange(size).split(lengths), batch_first=True, padding_value=0)  # (rows, longest)
-    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    return Block(size, longest, into.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device))
+    gather_index = pad_sequence(torch.arange(size).split(lengths), batch_first=True)
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (rows, longest)
+    scatter_index = real.flatten().nonzero().squeeze(1)
+    return Block(size, longest, gather_index.flatten().to(device), scatter_index.to(device))
 
 
 def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-           blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: (1, heads, N, d) -> (1, N, heads, d) for a packed row; without `blocks`
-    that of transformers."""
+               blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
+    """An attention function of transformers: (1, heads, N, d) -> (1, N, heads, d) for a packed row;
+    without `blocks`, transformers' own sdpa."""
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sizes = [block.size for block in blocks]
-    parts = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)  # (size, heads, d)
+    split = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]  # (size, heads, d)
     outputs = []
-    for block, rows in zip(blocks, parts, strict=True):
-        if block.into is not None:
-            rows = (x.index_select(0, block.into) for x in rows)
-        rows = (x.unflatten(0, (-1, block.longest)).transpose(1, 2) for x in rows)  # (rows, heads, longest, d)
+    for block, rows in zip(blocks, zip(*split, strict=True), strict=True):
+        if block.gather_index is not None:
+            rows = (x.index_select(0, block.gather_index) for x in rows)
+        rows = (x.unflatten(0, (-1, block.longest)).transpose(1, 2) for x in rows)
         output = sdpa_attention_forward(module, *rows, None, **kwargs)[0].flatten(0, 1)
-        outputs.append(output if block.back is None else output.index_select(0, block.back))
+        if block.scatter_index is not None:
+            output = output.index_select(0, block.scatter_index)
+        outputs.append(output)
     return torch.cat(outputs)[None], None
 
 

@@ -1,14 +1,8 @@
-"""What is a run made of? Processes, models whole or sharded, prompts: loaded, checked, and handed out as one `Run`.
-
-Accelerate's engines differ in what a process holds of the policy: all of it (one process, DDP), or a shard
-(FSDP2, DeepSpeed's ZeRO-3). Responses are written by a whole model: the policy itself, or a copy whose weights are
-set after each update.
-"""
+"""Makes a run's parts from its config: processes, models, tokenizer, prompts, engine, optimizer."""
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,26 +13,23 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations import unset_hf_deepspeed_config
 
-from infra.packing import enable_packing
-from infra.checkpoint import is_sharded
-from infra.config import split_list, one_line_errors
+from infra.config import one_line_errors, split_list
 from infra.data import Data, load_data
-from infra.reward_pool import Judge, make_judge
+from infra.distributed import is_sharded, iter_full_weights
+from infra.packing import enable_packing
+from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
 
 
 @dataclass(frozen=True)
-class Run:
-    """What all parts of a run share. `engine` writes the responses. `reference`, the initial policy, is None where no
-    KL term is on."""
+class TrainState:
+    """What the parts of a run share. `engine` generates the responses, `scorer` scores them;
+    `reference`, the initial policy, is None if no KL term is on."""
     config: SimpleNamespace
     accelerator: Accelerator
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -46,168 +37,185 @@ class Run:
     engine: Engine
     reference: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
-    judge: Judge
+    scorer: Callable
 
 
-def setup(config: SimpleNamespace, training: bool = True) -> tuple[Run, Data]:
-    """The run, and its prompts (without `training`, for validation only). Data first, since it is quick."""
+def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, Data]:
+    """The state of a run and its prompts; without `training`, only those for validation.
+
+    Raises SystemExit with one line if the config names something that does not load.
+    """
     with one_line_errors():
         accelerator = start_processes(config)
         set_seed(config.seed)
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        judge = make_judge(split_list(config.reward.name), [float(weight) for weight in split_list(config.reward.weights)],
-                           cpus_per_process(accelerator), config.reward.timeout)
-        tokenizer = load(AutoTokenizer, config.model.path)
+        tokenizer = load_pretrained(AutoTokenizer, config.model.path)
         data = load_data(config, tokenizer, accelerator.print, training)
+        examples = [prompts[0].row for prompts in (data.train, *data.val.values()) if prompts]
+        weights = [float(weight) for weight in split_list(config.reward.weights)]
+        scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
+                             config.reward.timeout, examples)
         policy = load_model(config)
         for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
             accelerator.print(f"warning: {warning}")
-        unset_hf_deepspeed_config()  # with it, ZeRO-3 shards whatever is loaded; the other models stay whole
-        with_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
-        reference = load_model(config).requires_grad_(False) if with_kl else None
-    if with_kl and accelerator.is_fsdp2:
-        reference = fsdp2_prepare_model(accelerator, reference)
-    elif with_kl:
-        reference = reference.to(accelerator.device)
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    with one_line_errors():
+        reference = None
+        if config.algorithm.use_kl_in_reward or config.actor.use_kl_loss:
+            reference = load_model(config).requires_grad_(False)
+            reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
+                         else reference.to(accelerator.device))
+        if config.model.gradient_checkpointing:
+            policy.gradient_checkpointing_enable()
         engine = make_engine(config, accelerator, policy, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr, weight_decay=config.actor.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr,
+                                  weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
-    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # which would copy all logits to float32 at once
-    return Run(config, accelerator, tokenizer, policy, engine, reference, optimizer, judge), data
+    # Accelerate's wrapper would copy the model's output to float32.
+    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)
+    return TrainState(config, accelerator, tokenizer, policy, engine, reference, optimizer,
+                      scorer), data
 
 
 def start_processes(config: SimpleNamespace) -> Accelerator:
-    """Accelerate, by the launcher's word (DDP, FSDP2, ZeRO-3), on GPUs where there are any."""
-    on_cpu, deepspeed = not torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    group = {"backend": "gloo"} if on_cpu and deepspeed else {}
-    group["timeout"] = timedelta(hours=2)  # some wait while others write the longest responses, or a checkpoint
-    accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision=config.mixed_precision,
-                              kwargs_handlers=[InitProcessGroupKwargs(**group)],
-                              log_with=config.log_with or None, project_dir=config.run_dir)
+    """The Accelerator, on GPUs if there are any, distributed as the launcher says: DDP or FSDP2."""
+    on_cpu = not torch.cuda.is_available()
+    # Some ranks wait while others generate the longest responses or write a checkpoint.
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
+                              kwargs_handlers=[group], log_with=config.log_with or None,
+                              project_dir=config.run_dir)
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (is_sharded(accelerator) and not accelerator.is_fsdp2):
+        raise ValueError(f"accelerate launch: {kind.value} is not supported; launch with "
+                         "configs/accelerate_ddp.yaml or configs/accelerate_fsdp2.yaml")
     if config.log_with and not accelerator.log_with:
-        raise ValueError(f"log_with: {config.log_with} is not installed: pip install {config.log_with}")
-    if on_cpu:  # the launcher allows one thread
+        raise ValueError(f"log_with: {config.log_with} is not installed: "
+                         f"pip install {config.log_with}")
+    if on_cpu:  # the launcher sets one thread
         torch.set_num_threads(cpus_per_process(accelerator))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: decoding takes ten times as long
-    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # Accelerate would sum gradients in bfloat16 too
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    if deepspeed:
-        accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=1,  # asked for, and unused
-            gradient_clipping=config.actor.grad_clip, data_types={"grad_accum_dtype": "fp32"})
-    accelerator.print(f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on "
-                      f"{accelerator.device.type}, {accelerator.distributed_type.value}")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
+    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
+        # Accelerate would also reduce gradients in bfloat16.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    count = accelerator.num_processes
+    accelerator.print(f"{count} process{'es' * (count > 1)} on {accelerator.device.type}, "
+                      f"{kind.value}")
     return accelerator
 
 
 def cpus_per_process(accelerator: Accelerator) -> int:
-    """How many of the machine's cores a process has for itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of this machine's cores for each process on it."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
 
 
-def load(auto_class, path: str, **how):
-    """`auto_class.from_pretrained`, with one line of ValueError where that fails."""
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise ValueError(f"model.path: {path} is neither a directory nor a hub name (owner/name)")
+def load_pretrained(auto_class, path: str, **kwargs):
+    """`auto_class.from_pretrained`. Raises ValueError with one line if that fails."""
+    if Path(path, "model", "config.json").is_file():
+        raise ValueError(f"model.path: {path} is the directory of a run; its model is "
+                         f"{Path(path, 'model')}")
+    if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise ValueError(f"model.path: {path} is no directory (from {Path.cwd()}) and no hub name "
+                         "(owner/name)")
     try:
-        return auto_class.from_pretrained(path, **how)
-    except Exception as error:  # each library has its own
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"model.path: cannot load {path}: {reason}") from error
-
-
-def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module, tokenizer) -> Engine:
-    """What writes the responses, by `rollout.mode` and `rollout.backend`. Raises ValueError where that is not to be
-    had, OSError where servers do not answer."""
-    backend, size = config.rollout.backend, config.rollout.tensor_parallel_size
-    if config.rollout.mode == "server":
-        from infra.vllm_server import server_engine
-        shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape))
-                  for name, weight in policy.state_dict(keep_vars=True).items()}
-        return server_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer), shapes)
-    installed = find_spec("vllm") is not None
-    if backend == "vllm" and not installed:
-        raise ValueError("rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt (for GPUs) or "
-                         "-r requirements-vllm-cpu.txt, or set it to transformers")
-    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
-        if accelerator.num_processes % size:
-            raise ValueError(f"rollout.tensor_parallel_size={size} does not divide the number of processes, "
-                             f"{accelerator.num_processes}")
-        from infra.vllm_engine import vllm_engine
-        return vllm_engine(config, accelerator, tokenizer, stop_token_ids(policy, tokenizer))
-    if size > 1:
-        raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1")
-    apart = is_sharded(accelerator)
-    writer = copy_without_weights(policy, config, accelerator.device) if apart else policy
-    return transformers_engine(writer, tokenizer, accelerator.autocast, config.rollout.max_num_seqs, apart)
+        return auto_class.from_pretrained(path, **kwargs)
+    except Exception as error:  # each library raises its own
+        reason = " ".join(str(error).split())
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"model.path: {path} is no directory (from {Path.cwd()}), and as a hub name it "
+                f"cannot be loaded: {reason.partition('. ')[0]}") from error
+        raise ValueError(f"model.path: cannot load {path}: {reason[:500]}") from error
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:
-    """The model, without dropout: the policy that is trained must be the one that was sampled from."""
-    architecture = load(AutoConfig, config.model.path)
-    for name, value in architecture.to_dict().items():
+    """The model, without dropout: the trained policy must be the one that was sampled from."""
+    model_config = load_pretrained(AutoConfig, config.model.path)
+    for name, value in model_config.to_dict().items():
         if "drop" in name and isinstance(value, float):
-            setattr(architecture, name, 0.0)
+            setattr(model_config, name, 0.0)
     longest = config.data.max_prompt_length + config.data.max_response_length
-    if longest > getattr(architecture, "max_position_embeddings", longest):
-        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, but "
-                         f"{config.model.path} has {architecture.max_position_embeddings} positions")
-    model = load(AutoModelForCausalLM, config.model.path, config=architecture, dtype=getattr(torch, config.model.dtype),
-                 attn_implementation=config.model.attn_implementation)
+    positions = getattr(model_config, "max_position_embeddings", longest)
+    if longest > positions:
+        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
+                         f"but {config.model.path} has {positions} positions")
+    model = load_pretrained(AutoModelForCausalLM, config.model.path, config=model_config,
+                            dtype=getattr(torch, config.model.dtype),
+                            attn_implementation=config.model.attn_implementation)
     enable_packing(model)
     return model
 
 
-def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace, device: torch.device) -> torch.nn.Module:
-    """A model like the policy, in the type that passes are computed in, whose weights `sync_weights` is to set."""
+def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
+                tokenizer) -> Engine:
+    """The rollout engine by `rollout.mode` and `rollout.backend`. Raises ValueError if it is not
+    available, OSError if servers do not answer."""
+    backend, tp_size = config.rollout.backend, config.rollout.tensor_parallel_size
+    stop_ids = stop_token_ids(policy, tokenizer)
+    if config.rollout.mode == "server":
+        from infra.vllm_server import server_engine
+        shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
+        return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
+    installed = find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
+        raise ValueError("rollout.backend: vllm is not installed: pip install -r "
+                         "requirements-vllm.txt (GPUs) or -r requirements-vllm-cpu.txt, or set it "
+                         "to transformers")
+    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
+        if accelerator.num_processes % tp_size:
+            raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
+                             f"of processes, {accelerator.num_processes}")
+        from infra.vllm_engine import vllm_engine
+        return vllm_engine(config, accelerator, tokenizer, stop_ids)
+    if tp_size > 1:
+        raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several "
+                         "processes; set it to 1")
+    sharded = is_sharded(accelerator)
+    rollout_model = copy_without_weights(policy, config, accelerator.device) if sharded else policy
+    return transformers_engine(rollout_model, tokenizer, accelerator.autocast,
+                               config.rollout.max_num_seqs, has_own_weights=sharded)
+
+
+def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
+                         device: torch.device) -> torch.nn.Module:
+    """A model like the policy, in the type of its passes; `sync_weights` sets its weights."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else policy.dtype
     with device:
-        copy = AutoModelForCausalLM.from_config(deepcopy(policy.config), dtype=dtype,
-                                                attn_implementation=config.model.attn_implementation)
-    learned = policy.state_dict().keys()
-    for name, buffer in policy.named_buffers():
-        if name not in learned:  # but computed, as RoPE's: ZeRO-3 has rounded them to bfloat16 in loading
-            buffer.data = copy.get_buffer(name).to(buffer.device)
-    copy.generation_config = policy.generation_config
-    return copy.requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(policy.config), dtype=dtype,
+            attn_implementation=config.model.attn_implementation)
+    model.generation_config = policy.generation_config
+    return model.requires_grad_(False)
 
 
 def config_warnings(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[str]:
-    """What has ruined runs before, and may be meant (load_data has more of it)."""
+    """Settings that have ruined runs, and may be intended."""
+    metric, overlong = config.filter_groups.metric, config.overlong_buffer.enable
     if config.rollout.top_p < 1:
-        yield (f"rollout.top_p={config.rollout.top_p}: ratios are taken against a distribution that was not sampled "
-               "from; 1.0 is sound")
+        yield (f"rollout.top_p={config.rollout.top_p}: the ratio compares with a distribution that "
+               "was not sampled from; 1.0 is sound")
+    if config.filter_groups.enable and metric.startswith("seq_") and overlong:
+        yield (f"filter_groups.metric={metric} includes the overlong penalty: groups that are all "
+               "wrong train on their lengths; acc is sound")
     if len(stop_ids) > 1:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_ids)))
-        yield f"{len(stop_ids)} tokens end a response, {names}: make sure that the model means each of them so"
-
-
-def iter_full_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each of the policy's weights, one at a time; all processes together, where it is sharded.
-
-    `tied`: weights that have several names come under each of them.
-    """
-    seen = set()
-    for name, weight in policy.state_dict(keep_vars=True).items():
-        if id(weight) in seen and not tied:
-            continue
-        seen.add(id(weight))
-        with gathered_by_deepspeed(weight) if hasattr(weight, "ds_id") else nullcontext():
-            yield name, weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
-
-
-def gathered_by_deepspeed(weight: Tensor):
-    """A context in which a weight that ZeRO-3 has sharded is whole."""
-    import deepspeed
-    return deepspeed.zero.GatheredParameters([weight])
+        yield (f"{len(stop_ids)} tokens end a response, {names}: check that each of them means "
+               "that for this model")
 
 
 @torch.no_grad()
-def sync_weights(run: Run) -> None:
-    """Give the policy's weights to the engine, where it has weights of its own."""
-    run.engine.sync(iter_full_weights(run.accelerator.unwrap_model(run.policy), tied=True))
+def sync_weights(state: TrainState) -> None:
+    """Give the policy's weights to the engine, if it has weights of its own."""
+    policy = state.accelerator.unwrap_model(state.policy)
+    state.engine.sync(iter_full_weights(policy, tied=True))
+
+
+def set_learning_rate(state: TrainState, step: int) -> float:
+    """Set and return the learning rate of a step: constant after a linear warm-up."""
+    actor = state.config.actor
+    lr = actor.lr * min(1.0, step / max(1, actor.lr_warmup_steps))
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    return lr

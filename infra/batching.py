@@ -1,0 +1,149 @@
+"""From responses to tensors: samples, mini-batches, micro-batches of about equal work, collation."""
+
+from dataclasses import dataclass, replace
+from heapq import heapreplace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from infra.packing import packing_kind, packing_kwargs
+from infra.rng import make_rng
+from infra.setup import TrainState
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to train on. `in_loss` is False if it is masked out of the loss.
+
+    `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
+    the CPU: the sampler's (`rollout_logprobs`), the trainer's before the first update of the step
+    (`old_logprobs`), the initial policy's (`ref_logprobs`).
+    """
+    prompt_ids: list[int]
+    response_ids: np.ndarray
+    advantage: float | Tensor
+    in_loss: bool = True
+    rollout_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def mini_batches(num_samples: int, size: int, epochs: int, seed: int,
+                 step: int) -> list[np.ndarray]:
+    """Indices of each mini-batch of a step: every epoch shuffles all samples and splits them.
+
+    An epoch has as few mini-batches as hold at most `size` samples; they differ by at most one.
+    """
+    batches = []
+    for epoch in range(epochs):
+        order = make_rng(seed, "mini-batches", step, epoch).permutation(num_samples)
+        batches += np.array_split(order, -(-num_samples // size))
+    return batches
+
+
+def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
+                  packed: bool = False) -> list[list[int]]:
+    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens.
+
+    Packed: the longest sample first, to the batch that has the fewest tokens, of as few batches as
+    suffice. Padded (padding counts): the same over ranks, then batches of samples of similar
+    length. Every rank gets the same number of batches, since all take part in collectives: a rank
+    that lacks one gets an empty batch. A sample longer than `max_tokens` is a batch of its own.
+    """
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
+    lengths = [len(samples[i]) for i in order]
+    if not packed:
+        batches = []
+        for part in balance_lengths(lengths, world):
+            batches.append(fill_batches([order[at] for at in part], samples, max_tokens))
+        return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
+    count, over = world * -(-sum(lengths) // (world * max_tokens)), 1
+    while over:
+        parts = balance_lengths(lengths, count)
+        over = sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts)
+        count += -(-over // world) * world
+    return [[order[at] for at in part] for part in parts[rank::world]]
+
+
+def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
+    """The indices of `lengths` in `count` parts: each goes to the part with the least sum so far."""
+    parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
+    for at, length in enumerate(lengths):
+        least, part = sums[0]
+        heapreplace(sums, (least + length, part))
+        parts[part].append(at)
+    return parts
+
+
+def fill_batches(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
+    """Batches of `indices` (longest first), each padded to its first sample's length."""
+    batches, room, row = [], 0, 1
+    for i in indices:
+        if room < row:
+            batches.append([])
+            room, row = max_tokens, len(samples[i])
+        batches[-1].append(i)
+        room -= row
+    return batches
+
+
+def make_batch(state: TrainState, samples: list[Sample], indices: list[int]) -> dict:
+    """A micro-batch on the device. An empty one becomes a sample outside the loss, since every rank
+    must run the model equally often."""
+    rows = [samples[i] for i in indices] or [replace(min(samples, key=len), in_loss=False)]
+    return collate(rows, state.tokenizer.pad_token_id or 0, state.accelerator.device,
+                   packing_kind(state.policy))
+
+
+def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "") -> dict:
+    """Tensors for `logprobs.response_logprobs` and the loss.
+
+    input_ids: (B, L) padded on the right, which causal attention needs no mask for; or (1, L) with
+        all samples in one row, if `packing` names a kind of it; `packing_kwargs` tells them apart.
+    tokens (N,): all response tokens. logit_positions (N,): the position before each of them, among
+        all of input_ids. flat_positions (N,): their place among (B, T).
+    mask (B, T): the tokens in the loss. Masks come from lengths, never from token values: the EOS
+        that ended a response is trained, even if padding has the same id.
+    advantages (B, 1) or (B, T); rollout_logprobs, old_logprobs, ref_logprobs (B, T), if given.
+    """
+    sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
+    flat = torch.from_numpy(np.concatenate(
+        [ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
+    if packing:
+        ids = flat[None]  # (1, L)
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    else:
+        ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
+        starts = torch.arange(len(sizes)) * ids.shape[1]
+    column = torch.arange(int(lengths.max()))  # (T,)
+    response_mask = column < lengths[:, None]  # (B, T)
+    first = starts + torch.tensor(sizes) - lengths - 1
+    logit_positions = (first[:, None] + column)[response_mask]
+    flat_positions = response_mask.flatten().nonzero().squeeze(1)
+    batch = {"input_ids": ids, "tokens": ids.flatten()[logit_positions + 1],
+             "logit_positions": logit_positions, "flat_positions": flat_positions,
+             "mask": response_mask & torch.tensor([[s.in_loss] for s in samples])}
+
+    def to_rows(values: list[Tensor]) -> Tensor:
+        flat = torch.cat(values)
+        return flat.new_zeros(response_mask.numel()).index_copy(0, flat_positions, flat).view(
+            response_mask.shape)
+
+    if any(isinstance(s.advantage, Tensor) for s in samples):
+        batch["advantages"] = to_rows([
+            torch.as_tensor(s.advantage, dtype=torch.float32).expand(len(s.response_ids))
+            for s in samples])
+    else:
+        batch["advantages"] = torch.tensor([[s.advantage] for s in samples], dtype=torch.float32)
+    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
+        values = [getattr(s, name) for s in samples]
+        if all(value is not None for value in values):
+            batch[name] = to_rows(values)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch["packing_kwargs"] = packing_kwargs(sizes, packing, device) if packing else {}
+    return batch

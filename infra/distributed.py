@@ -1,0 +1,98 @@
+"""What several ranks need: shared work, errors that reach all of them, whole weights, signals."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+
+def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list], items: Sequence,
+                   doing: str, ranks_per_share: int = 1, pack: Callable = list,
+                   unpack: Callable = list) -> list:
+    """`function(items)`, with the work shared by all ranks; each rank gets all results in order.
+
+    Args:
+        function: from a share of the items (every so-manieth) to a list of as many results.
+        doing: what an error message says was going on.
+        ranks_per_share: so many neighbouring ranks compute the same share together.
+        pack, unpack: what a share's results are sent as, and back.
+    Raises:
+        ValueError on all ranks if `function` raises on one of them; its own error on one process.
+    """
+    share, shares = (rank // ranks_per_share
+                     for rank in (accelerator.process_index, accelerator.num_processes))
+    packed, error = None, ""
+    try:
+        packed = pack(function(items[share::shares]))
+    except Exception as failure:
+        if accelerator.num_processes == 1 and not isinstance(failure, (OSError, ValueError)):
+            raise
+        error = str(failure) or repr(failure)
+    gathered = gather_object([(packed, error)])[::ranks_per_share]
+    for _, error in gathered:
+        if error:
+            raise ValueError(f"{doing}: {error}")
+    results = [None] * len(items)
+    for i, (packed, _) in enumerate(gathered):
+        results[i::shares] = unpack(packed)
+    return results
+
+
+@contextmanager
+def raise_on_all_ranks(accelerator: Accelerator, doing: str) -> Iterator[None]:
+    """A barrier: an error inside on one rank is a one-line OSError on all, so that none waits."""
+    error = ""
+    try:
+        yield
+    except (Exception, CheckpointException) as failure:  # a full disk has many names
+        error = f"{doing}: {(str(failure).strip() or repr(failure)).splitlines()[-1]}"
+    if errors := [error for error in gather_object([error]) if error]:
+        raise OSError(errors[0])
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each rank holds only a shard of the policy (FSDP2)."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def iter_full_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight, whole, one at a time; collective if the policy is sharded.
+
+    `tied`: a weight with several names comes under each of them.
+    """
+    seen = set()
+    for name, weight in policy.state_dict(keep_vars=True).items():
+        if id(weight) in seen and not tied:
+            continue
+        seen.add(id(weight))
+        weight = weight.detach()
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+@contextmanager
+def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
+    """Ctrl-C or SIGTERM sets the accelerator's trigger: the run ends after the current step. A
+    second Ctrl-C raises KeyboardInterrupt."""
+    message = ("\nfinishing this step, then saving; Ctrl-C again stops at once (under `accelerate "
+               f"launch`, which has returned by then: kill -INT {os.getpid()})\n").encode()
+
+    def on_signal(number: int, _) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        accelerator.set_trigger()
+        if accelerator.is_main_process:
+            os.write(2, message)  # print is not safe in a signal handler
+
+    before = {number: signal.signal(number, on_signal)
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

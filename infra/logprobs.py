@@ -1,0 +1,224 @@
+"""Log-probs and entropies of responses under a model, without ever holding all of its logits.
+
+`response_logprobs` is the one function that aligns logits with tokens; from there on every tensor
+is (B, T). Shapes: B responses, T response tokens, N all response tokens of a batch, V vocabulary,
+H hidden size.
+"""
+
+from weakref import WeakSet
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from infra.batching import Sample, make_batch, micro_batches
+from infra.packing import disable_packing, packing_kind
+from infra.setup import TrainState
+from rollout import SamplingParams, generate
+
+CHUNK_ELEMENTS = 2**25  # logits that exist at a time (128 MB in float32); four times that on a GPU
+MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (soft-capping, scaling)
+
+
+@torch.no_grad()
+def compute_logprobs(state: TrainState, model: torch.nn.Module,
+                     samples: list[Sample]) -> list[Tensor]:
+    """Each response's log-probs (T,) under `model`, on the CPU; all ranks share the work."""
+    config, accelerator = state.config, state.accelerator
+    mine = {}
+    for indices in micro_batches(samples, config.actor.max_tokens_per_micro_batch,
+                                 accelerator.process_index, accelerator.num_processes,
+                                 bool(packing_kind(state.policy))):
+        with accelerator.autocast():
+            logprobs, _ = response_logprobs(model, make_batch(state, samples, indices),
+                                            config.rollout.temperature)
+        for i, row in zip(indices, logprobs.cpu(), strict=False):  # an empty batch has a dummy row
+            mine[i] = row[:len(samples[i].response_ids)].clone()
+    gathered = {}
+    for part in gather_object([mine]):
+        gathered |= part
+    return [gathered[i] for i in range(len(samples))]
+
+
+def response_logprobs(model: torch.nn.Module, batch: dict,
+                      temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the response tokens, both (B, T), float32 or wider; 0 on padding.
+
+    `batch` is from `batching.collate`. `batch["logit_positions"]` (N,) are the positions, among
+    all of input_ids (R, L), whose logits predict the N tokens. No other position reaches the output
+    head, and its logits exist in chunks only. If the model changes the head's logits (soft-capping,
+    scaling), its own code makes those of the N positions.
+    """
+    head, tokens = getattr(model, "module", model).get_output_embeddings(), batch["tokens"]
+    fused = type(head) is torch.nn.Linear and head.bias is None and head not in MODIFIED_LOGITS
+    made = None
+
+    def project(hidden: Tensor) -> Tensor:  # replaces the head's forward, when FSDP has it whole
+        nonlocal made
+        hidden = hidden.flatten(0, 1).index_select(0, batch["logit_positions"])  # (N, H)
+        if not fused:
+            return type(head).forward(head, hidden[None])  # (1, N, V)
+        made = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
+        return made[0]
+
+    head.forward = project
+    try:
+        output = model(input_ids=batch["input_ids"], use_cache=False, **batch["packing_kwargs"])
+    finally:
+        del head.forward
+    if fused and output.logits is not made[0]:
+        MODIFIED_LOGITS.add(head)
+        return response_logprobs(model, batch, temperature)
+    if not fused:
+        made = (value.squeeze(0) for value in
+                token_logprobs(output.logits, tokens[None], temperature))
+    shape, positions = batch["mask"].shape, batch["flat_positions"]
+    logprobs, entropy = (value.new_zeros(batch["mask"].numel()).index_copy(0, positions, value)
+                         for value in made)
+    return logprobs.view(shape), entropy.view(shape)
+
+
+# ---- the output head -----------------------------------------------------------------------------
+
+def fused_linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor,
+                          temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs(hidden @ weight.T, tokens)` in chunks: (N, H), (V, H), (N,) -> (N,), (N,)."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature)
+
+
+class FusedLinearLogprobs(torch.autograd.Function):
+    """A chunk of logits z exists at a time, and again in the backward pass. With p = softmax(z):
+
+        log-prob of token y: z_y - logsumexp(z)     its gradient by z: onehot(y) - p
+        entropy H: -sum p log p                     its gradient by z: -p (log p + H)
+    """
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor,
+                temperature: float) -> tuple[Tensor, Tensor]:
+        parts = []
+        for x, y in _chunks(weight, hidden, tokens):
+            logprobs = matmul_fp32(x, weight.T).div_(temperature)  # (chunk, V)
+            logsumexp = logprobs.logsumexp(-1)
+            logprobs -= logsumexp[:, None]
+            parts.append((logsumexp, logprobs.gather(1, y[:, None]).squeeze(1),
+                          -torch.linalg.vecdot(logprobs.exp(), logprobs)))
+        logsumexp, logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, logsumexp, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # None if the entropy is not trained
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+        hidden, weight, tokens, logsumexp, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(entropy)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
+        start = 0
+        for x, y, g, norm, h in _chunks(weight, hidden, tokens, grad_logprobs, logsumexp, entropy):
+            z = matmul_fp32(x, weight.T).div_(ctx.temperature).sub_(norm[:, None])  # log p
+            if grad_entropy is None:
+                z.exp_().mul_(-g[:, None])
+            else:
+                p, g_entropy = z.exp(), grad_entropy[start:start + len(x), None]
+                z.add_(h[:, None]).mul_(-g_entropy).sub_(g[:, None]).mul_(p)
+            z.scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)
+            z = z.to(weight.dtype)
+            grad_hidden[start:start + len(x)] = z @ weight
+            if grad_weight is not None and grad_weight.dtype == z.dtype:
+                grad_weight.addmm_(z.T, x)
+            elif grad_weight is not None:
+                grad_weight += matmul_fp32(z.T, x)
+            start += len(x)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _chunks(weight: Tensor, *tensors: Tensor):
+    size = max(1, (4 if weight.is_cuda else 1) * CHUNK_ELEMENTS // len(weight))
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or wider, also for bfloat16."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b if a.dtype in (torch.float32, torch.float64) else (a @ b).float()
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor,
+                   temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token and entropy of its distribution: (B, T, V), (B, T) -> (B, T), (B, T).
+
+    Works in chunks of tokens that the backward pass computes again: the entropy of a large
+    vocabulary in one piece takes tens of GB.
+    """
+    flat_logits, flat_tokens = logits.flatten(0, 1), tokens.flatten()
+    chunk = max(1, (4 if logits.is_cuda else 1) * CHUNK_ELEMENTS // logits.shape[-1])
+    parts = [checkpoint(_logprobs_and_entropy, x, y, temperature, use_reentrant=False)
+             for x, y in zip(flat_logits.split(chunk), flat_tokens.split(chunk), strict=True)]
+    logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+    return logprobs.view(tokens.shape), entropy.view(tokens.shape)
+
+
+def _logprobs_and_entropy(logits: Tensor, tokens: Tensor,
+                          temperature: float) -> tuple[Tensor, Tensor]:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)  # (chunk, V)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+
+
+# ---- do sampler and trainer agree? ---------------------------------------------------------------
+
+def logprob_tolerance(config) -> float:
+    """The largest mean difference between two ways to compute log-probs that rounding explains."""
+    full_precision = config.mixed_precision == "no" and config.model.dtype == "float32"
+    return 1e-3 if full_precision else 0.1
+
+
+def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> None:
+    """Raise ValueError if sampler and trainer differ by more than rounding: a failed weight sync."""
+    limit, own_weights = logprob_tolerance(state.config), state.engine.has_own_weights
+    if own_weights and state.config.rollout.top_p == 1 and difference > limit:
+        raise ValueError(f"step {step}: the log-probs of sampler and trainer differ by "
+                         f"{difference:.4f} on average, more than rounding explains ({limit}): the "
+                         "rollout engine does not have the policy's weights")
+
+
+def check_weight_sync(state: TrainState, prompts: list) -> None:
+    """Before the first step: compare log-probs of sampler and trainer on a few responses.
+
+    If they differ on packed rows, the model is trained on padded rows instead. Raises ValueError if
+    they differ on those too.
+    """
+    config, accelerator = state.config, state.accelerator
+    some = [prompts[i % len(prompts)] for i in range(4)] * accelerator.num_processes  # all engines
+    params = SamplingParams(2, min(16, config.data.max_response_length), config.rollout.temperature)
+    groups = generate(state, some, range(len(some)), "weight sync", params)
+    samples = [Sample(prompt.token_ids, response.token_ids, 0.0,
+                      rollout_logprobs=torch.from_numpy(response.logprobs))
+               for prompt, group in zip(some, groups, strict=True) for response in group]
+
+    def mean_difference() -> float:
+        logprobs = compute_logprobs(state, state.policy, samples)
+        differences = [(mine - sample.rollout_logprobs).abs()
+                       for mine, sample in zip(logprobs, samples, strict=True)]
+        return torch.cat(differences).mean().item()
+
+    difference = mean_difference()
+    if packing_kind(state.policy) == "blocks" and difference > logprob_tolerance(config):
+        for model in filter(None, (state.policy, state.reference)):
+            disable_packing(accelerator.unwrap_model(model))
+        difference = mean_difference()
+        accelerator.print("packed rows change this model's log-probs: it is trained on padded rows")
+    check_logprob_mismatch(state, 0, difference)

@@ -1,0 +1,209 @@
+"""What a run logs: timers, metrics of rollouts and losses, the log of a step, the final report."""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from evaluate import Evaluations, format_tables
+from infra.distributed import raise_on_all_ranks
+from infra.setup import TrainState
+from losses import Stat
+from reward import mean_extra
+from sampling import Group
+
+
+class Timer:
+    """Seconds and tokens of a step's phases: `with timer("generate"): ...`."""
+    PHASES = ("generate", "reward", "logprobs", "update", "sync")
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens, self.start = Counter(), Counter(), time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def metrics(self, generated: list[Group]) -> dict[str, float]:
+        """`time/<phase>` and `time/step` in seconds, `tokens_per_s/<phase>`."""
+        self.tokens["generate"] = sum(len(response.token_ids) for group in generated
+                                      for response in group.responses)
+        step = time.perf_counter() - self.start
+        seconds = {phase: self.seconds[phase] for phase in self.PHASES}
+        seconds["other"] = step - sum(seconds.values())
+        metrics = {f"time/{phase}": value for phase, value in seconds.items()}
+        for phase, tokens in self.tokens.items():
+            metrics[f"tokens_per_s/{phase}"] = tokens / seconds[phase]
+        return metrics | {"time/step": step}
+
+
+class StatTotals:
+    """The statistics that losses return, summed over the micro-batches and ranks of a step.
+
+    Every rank must add the same names in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.sums, self.counts, self.maxima, self.grad_norms = {}, {}, {}, []
+
+    def add(self, stats: dict[str, Stat], mask: Tensor) -> None:
+        """Add those of a micro-batch, whose loss has the mask (B, T)."""
+        for name, (values, reduce, stat_mask) in stats.items():
+            counted = mask if stat_mask is None else mask & stat_mask
+            values = values.detach()
+            if reduce == "max":
+                largest = torch.where(counted, values, -torch.inf).max()
+                self.maxima[name] = torch.maximum(largest, self.maxima.get(name, largest))
+                continue
+            if values.dim() == 0:  # the micro-batch's part of a sum
+                total = values.double()
+            else:
+                total = torch.where(counted, values, 0).sum(dtype=torch.float64)
+            self.sums[name] = self.sums.get(name, 0) + total
+            if reduce == "mean":
+                self.counts[name] = self.counts.get(name, 0) + counted.sum(dtype=torch.float64)
+            elif reduce != "sum":
+                raise ValueError(f"Stat {name}: reduce {reduce!r} is none of mean, sum, max")
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """The statistics over all ranks; a mean or maximum over no token is left out."""
+        names = [*self.sums, *(f"{name} count" for name in self.counts)]
+        totals = accelerator.reduce(torch.stack([*self.sums.values(), *self.counts.values()]))
+        totals = dict(zip(names, totals.tolist(), strict=True))
+        results = {}
+        for name in self.sums:
+            count = totals.get(f"{name} count", 1)
+            if count:
+                results[name] = totals[name] / count
+        for name, largest in self.maxima.items():
+            largest = accelerator.gather(largest).max().item()
+            if math.isfinite(largest):
+                results[name] = largest
+        return results
+
+
+def actor_metrics(accelerator: Accelerator, totals: StatTotals, lr: float) -> dict[str, float]:
+    """Metrics of a step's update: means over its optimizer steps (loss, gradient norm) or over its
+    tokens in the loss (`actor/<name>` of every statistic that the loss returns)."""
+    metrics, norms = {"actor/lr": lr}, totals.grad_norms
+    if not norms:  # every response was truncated and masked
+        return metrics
+    stats = totals.reduce(accelerator)
+    stats["loss"] /= len(norms)
+    metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
+    return metrics | {f"actor/{name}": value for name, value in stats.items()}
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, 0 of no values."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[Group],
+                    trained: list[Group]) -> dict[str, float]:
+    """Metrics of a step's rollouts: all generated groups, those kept, those trained."""
+    overlong_start = math.inf
+    if config.overlong_buffer.enable:
+        overlong_start = config.data.max_response_length - config.overlong_buffer.len
+    responses = [response for group in generated for response in group.responses]
+    scores = [score for group in generated for score in group.scores]
+    lengths = [len(response.token_ids) for response in responses]
+    trained_lengths = [len(response.token_ids) for group in trained for response in group.responses]
+    metrics = {
+        "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
+        "reward/score": mean(score.score for score in scores),
+        "reward/timeouts": sum(score.status == "timeout" for score in scores),
+        "reward/errors": sum(score.status == "error" for score in scores),
+        **mean_extra(scores),
+        "groups/kept": len(kept) / len(generated),
+        "groups/trained": len(trained),
+        "responses/generated": len(responses),
+        "responses/wasted": len(responses) - len(trained_lengths),
+        "responses/wasted_tokens": sum(lengths) - sum(trained_lengths),
+        "response_length/mean": mean(lengths),
+        "response_length/max": max(lengths),
+        "response_length/truncated": mean(r.finish_reason == "length" for r in responses),
+        "response_length/penalised": mean(length > overlong_start for length in lengths),
+    }
+    if all(score.acc is not None for score in scores):
+        metrics["acc/before_filter"] = mean(score.acc for score in scores)
+        for name, value in (("all_correct", 1), ("all_wrong", 0)):
+            metrics[f"groups/{name}"] = mean(all(score.acc == value for score in group.scores)
+                                             for group in generated)
+        if trained:
+            metrics["acc/after_filter"] = mean(score.acc for group in trained
+                                               for score in group.scores)
+    if trained:
+        metrics["responses/generated_per_trained"] = len(responses) / len(trained_lengths)
+    return metrics
+
+
+def rollout_records(step: int, groups: list[Group], advantages: list | None) -> Iterator[str]:
+    """Lines of a rollout file: a response each, with all that belongs to it, as JSON in ASCII, so
+    that nothing the policy wrote reaches a terminal. `advantages` is None if the step was skipped.
+    """
+    for g, group in enumerate(groups):
+        for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
+            advantage = advantages[g][i] if advantages else None
+            if isinstance(advantage, Tensor):  # one per token
+                advantage = advantage.tolist()
+            yield json.dumps({
+                "step": step, "position": group.position, "prompt": group.prompt.text,
+                "answer": group.prompt.answer, "response": response.text,
+                "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
+                "pred": score.pred, "acc": score.acc, "score": score.score,
+                "reward": group.rewards[i], "final_reward": group.final_rewards[i],
+                "advantage": advantage, "status": score.status,
+                **{f"reward/{name}": value for name, value in score.extra.items()}}) + "\n"
+
+
+def log_step(state: TrainState, metrics: dict, groups: list[Group] = (),
+             advantages: list | None = None) -> None:
+    """Write a row to metrics.jsonl and the tracker, and the first groups to rollouts/."""
+    run_dir, step = Path(state.config.run_dir), metrics["step"]
+    groups = groups[:state.config.save_rollouts]
+    with raise_on_all_ranks(state.accelerator, f"cannot log step {step} in {run_dir}"):
+        state.accelerator.log(metrics, step=step)
+        if state.accelerator.is_main_process:
+            with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if groups:
+                file = run_dir / "rollouts" / f"step_{step:05d}.jsonl"
+                file.write_text("".join(rollout_records(step, groups, advantages)), "utf-8")
+
+
+def progress_text(metrics: dict, evaluations: Evaluations) -> str:
+    """What the progress bar shows of a step."""
+    parts = [f"reward {metrics['reward/mean']:.2f}"]
+    if "acc/before_filter" in metrics:
+        parts.append(f"acc {metrics['acc/before_filter']:.2f}")
+    for name, of_set in evaluations.items():
+        latest = of_set.get("after", of_set.get("before"))
+        parts += [f"{name} {value:.3f}" for key, value in latest.metrics.items()
+                  if key.startswith(("avg@", "score@"))]
+    return ", ".join([*parts, f"length {metrics['response_length/mean']:.0f}",
+                      f"kept {metrics['groups/kept']:.0%}"])
+
+
+def print_report(config: SimpleNamespace, evaluations: Evaluations, seconds: float) -> None:
+    """Print validation before and after, one problem's responses, and where the results are."""
+    if evaluations:
+        of_set = next(iter(evaluations.values()))
+        first = next(iter(of_set.values()))
+        print(f"\n{format_tables(evaluations)}\n\n{first.prompt!r}, answer {first.answer!r}:")
+        for title, evaluation in of_set.items():
+            for text in evaluation.examples[:4]:
+                print(f"  {title:<8}{text!r}")
+    print(f"\n{config.total_training_steps} steps in {seconds:.0f} s. {config.run_dir} has "
+          "curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")
