@@ -91,7 +91,7 @@ def generation_batch_size(config: SimpleNamespace, missing: int, kept: float,
 # ---- scores --------------------------------------------------------------------------------------
 
 def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
-                    purpose: str) -> list[list[Score]]:
+                    purpose: str = "validation") -> list[list[Score]]:
     """The score of every response, in the order of the prompts; all ranks share the work.
 
     A response on which the reward function fails or takes too long counts as wrong, with a warning.
@@ -162,6 +162,13 @@ def select_groups(kept: list[Group], config: SimpleNamespace) -> list[Group]:
     """
     size = config.data.train_batch_size
     return kept[:size] if len(kept) >= size or config.filter_groups.at_limit == "train" else []
+
+
+def count_groups(counters: dict, kept: int, generated: int, trained: int) -> None:
+    """Update the counters of a run with a step's numbers of groups."""
+    counters["ema_groups_kept"] = (counters["ema_groups_kept"] + kept) / 2
+    counters["ema_groups_generated"] = (counters["ema_groups_generated"] + generated) / 2
+    counters["consecutive_skips"] = 0 if trained else counters["consecutive_skips"] + 1
 
 
 def check_underfilled(state, counters: dict, step: int, kept: list[Group], generated: list[Group],

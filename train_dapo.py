@@ -36,8 +36,8 @@ from infra.packing import packing_kind
 from infra.setup import TrainState, set_learning_rate, setup, sync_weights
 from losses import Stat, aggregate, group_advantages, importance_weights, kl_penalty, policy_loss
 from rollout import SamplingParams, generate
-from sampling import (Group, check_underfilled, draw_prompts, generation_batch_size, keep_group,
-                      make_groups, score_responses, select_groups)
+from sampling import (Group, check_underfilled, count_groups, draw_prompts, generation_batch_size,
+                      keep_group, make_groups, score_responses, select_groups)
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> bool:
@@ -47,7 +47,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     or OSError if it cannot continue.
     """
     config, counters, rollout = state.config, progress.counters, state.config.rollout
-    size, max_gen_batches = config.data.train_batch_size, config.filter_groups.max_num_gen_batches
+    size = config.data.train_batch_size
+    max_gen_batches = config.filter_groups.max_num_gen_batches or math.inf
     params = SamplingParams(rollout.n, config.data.max_response_length, rollout.temperature,
                             rollout.top_p)
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
@@ -55,8 +56,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                  disable=not state.accelerator.is_main_process)
     for step in steps:                                                    # 1: for step = 1, ..., M
         timer, generated, kept, gen_batches = Timer(), [], [], 0
-        # 3: the policy stays as it is until the buffer `kept` is full (7 and 8): dynamic sampling
-        while len(kept) < size and not (max_gen_batches and gen_batches == max_gen_batches):
+        while len(kept) < size and gen_batches < max_gen_batches:     # 7, 8: until the buffer is full
             position = counters["prompts_drawn"]
             count = generation_batch_size(config, size - len(kept),
                                           counters["ema_groups_kept"] + len(kept),
@@ -75,10 +75,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
             generated += groups
             counters["prompts_drawn"] += count
             gen_batches += 1
-        counters["ema_groups_kept"] = (counters["ema_groups_kept"] + len(kept)) / 2
-        counters["ema_groups_generated"] = (counters["ema_groups_generated"] + len(generated)) / 2
         groups = select_groups(kept, config)
-        counters["consecutive_skips"] = 0 if groups else counters["consecutive_skips"] + 1
+        count_groups(counters, len(kept), len(generated), len(groups))
         if len(kept) < size:
             check_underfilled(state, counters, step, kept, generated, gen_batches)
 

@@ -15,7 +15,6 @@ import json
 import shutil
 import uuid
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +41,15 @@ from infra.setup import TrainState, sync_weights
 from plot import plot_runs
 
 
+COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",
+            "ema_groups_generated")
+
+
 @dataclass
 class Progress:
-    """How far a run is: `counters` (all 0 at the start), `evaluations` of the validation sets,
+    """How far a run is: the `COUNTERS` (all 0 at the start), `evaluations` of the validation sets,
     `identity`, the config and a hash of the prompts that checkpoints belong to."""
-    counters: Counter
+    counters: dict[str, float]
     evaluations: Evaluations
     identity: dict
 
@@ -169,7 +172,8 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
     evaluations = {}
     for name, of_set in metadata["evaluations"].items():
         evaluations[name] = {title: Evaluation(**kept) for title, kept in of_set.items()}
-    return Progress(Counter(metadata["counters"]), evaluations, identity)
+    counters = dict.fromkeys(COUNTERS, 0) | metadata["counters"]
+    return Progress(counters, evaluations, identity)
 
 
 def record_branch(accelerator: Accelerator, config: SimpleNamespace, path: Path,
