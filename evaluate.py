@@ -1,12 +1,12 @@
 """Evaluate a policy on validation sets.
 
-`python evaluate.py --config config.yaml model.path=runs/toy/model` evaluates any model directory or hub
-name on the validation data of a config. It prints a table, and saves metrics.json and responses.jsonl
-in a new directory under `<run_dir>/evaluate/`.
+`python evaluate.py --config config.yaml model.path=runs/toy/model` evaluates any model directory or
+hub name on the validation data of a config. It prints a table, and saves metrics.json and
+responses.jsonl in a new directory under `<run_dir>/evaluate/`.
 
-With k = `val.n` responses to each prompt, avg@k is the mean accuracy, pass@k the share of prompts with
-a correct response, maj@k the share whose most frequent answer is correct. If the reward function states
-no accuracy: score@k is the mean score, best@k the mean of each prompt's best score.
+With k = `val.n` responses to each prompt, avg@k is the mean accuracy, pass@k the share of prompts
+with a correct response, maj@k the share whose most frequent answer is correct. If the reward
+function states no accuracy: score@k is the mean score, best@k the mean of each prompt's best score.
 """
 
 import json
@@ -81,7 +81,8 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
                       [response.text for response in responses[0]])
 
 
-def prompt_metrics(scores: Sequence[Score], has_accuracy: bool, has_answers: bool) -> dict[str, float]:
+def prompt_metrics(scores: Sequence[Score], has_accuracy: bool,
+                   has_answers: bool) -> dict[str, float]:
     """The metrics of one prompt, from the scores of its k responses."""
     k = len(scores)
     if not has_accuracy:
@@ -129,7 +130,8 @@ def format_cell(name: str, metrics: dict[str, float]) -> str:
     return f" {metrics.get(name, math.nan):>8.{digits}f}"
 
 
-def response_records(set_name: str, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
+def response_records(set_name: str, prompts: Sequence[Prompt],
+                     responses: Sequence[Sequence[Response]],
                      scores: Sequence[Sequence[Score]]) -> Iterator[dict]:
     """What responses.jsonl says of each response."""
     for prompt, group, group_scores in zip(prompts, responses, scores, strict=True):

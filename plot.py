@@ -1,14 +1,20 @@
-"""What did the run look like? metrics.jsonl to a picture: `python plot.py runs/a runs/b --out curves.png`.
+"""Draw the metrics of runs: `python plot.py runs/a runs/b --out curves.png`.
 
-Each directory is one colour; where a panel holds several metrics, line styles tell them apart.
+`--metrics actor/entropy 'val/*/avg@*'` draws metrics of one's choice, a panel for each pattern.
+Of a single run, each metric has a colour; of several, each run has a colour, each metric a style.
 """
 
 import argparse
+import difflib
 import json
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from posixpath import commonpath
 
-PANELS = {  # title: metrics by the end of their names
-    "validation accuracy": ("/avg@*", "/maj@*"),
+PANELS = {  # title: patterns of metric names; those that no run has are not drawn
+    "validation": ("val/*/avg@*", "val/*/maj@*", "val/*/score@*"),
     "training accuracy": ("acc/before_filter", "acc/after_filter"),
     "reward": ("reward/mean",),
     "response length (tokens)": ("response_length/mean",),
@@ -18,11 +24,11 @@ PANELS = {  # title: metrics by the end of their names
     "clipped tokens (share)": ("actor/clip_frac_high", "actor/clip_frac_low"),
     "gradient norm": ("actor/grad_norm",),
 }
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (1, 4)), (0, (5, 1, 1, 1, 1, 1)))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Raises ValueError where there is none, or a line is not JSON."""
+    """The rows of a run's metrics.jsonl. Raises ValueError if it is missing or not JSON."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a run's directory is expected")
@@ -35,49 +41,81 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return rows
 
 
-def find_series(rows: list[dict], pattern: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the metric whose name ends with `pattern` (`*` at its end: any number)."""
-    stem = pattern.rstrip("*")
-    points = [(row["step"], value) for row in rows for name, value in row.items()
-              if (stem in name and pattern.endswith("*")) or name == pattern]
-    return [step for step, _ in points], [value for _, value in points]
+def match_metrics(runs: dict[str, list[dict]], patterns: Sequence[str]) -> list[str]:
+    """The names of the metrics that match, in the order of the patterns."""
+    rows = [row for rows in runs.values() for row in rows]
+    names = sorted(set().union(*rows) - {"step"})
+    return list(dict.fromkeys(name for pattern in patterns for name in names
+                              if fnmatchcase(name, pattern)))
 
 
-def plot_runs(run_dirs: list[str | Path], out: str | Path) -> None:
-    """Draw all panels for all runs into the file `out`."""
+def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, metrics: Sequence[str] = ()) -> None:
+    """Draw the patterns `metrics`, or else `PANELS`, for all runs into the file `out`.
+
+    Raises ValueError for a run without metrics, and for a pattern that matches no metric.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
     runs = {str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}
-    for axis, (title, patterns) in zip(axes.flat, PANELS.items(), strict=True):
-        for i, rows in enumerate(runs.values()):
-            for style, pattern in zip(STYLES, patterns, strict=False):
-                steps, values = find_series(rows, pattern)
-                axis.plot(steps, values, style, color=f"C{i}", marker="." if len(steps) < 15 else "")
-        if len(patterns) > 1:
-            handles = [plt.Line2D([], [], color="black", linestyle=style) for style in STYLES[:len(patterns)]]
-            axis.legend(handles, [p.strip("/*").rpartition("/")[2].replace("@", "@k") for p in patterns], fontsize=8)
+    for pattern in metrics:
+        if not match_metrics(runs, [pattern]):
+            nearest = difflib.get_close_matches(pattern, match_metrics(runs, ["*"]), cutoff=0)
+            raise ValueError(f"--metrics {pattern!r} matches no metric of {', '.join(runs)}; "
+                             f"nearest: {', '.join(nearest) or 'none, no step was recorded yet'}")
+    panels = {pattern: (pattern,) for pattern in metrics} or PANELS
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3 * lines + 0.4),
+                                layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (title, patterns) in zip(axes.flat, panels.items(), strict=False):
+        draw_panel(axis, runs, match_metrics(runs, patterns))
+        axis.set_title(title)
         if title.startswith("clipped"):
             axis.set_yscale("symlog", linthresh=1e-4)  # small, and zero at times
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
-    figure.legend([plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))], list(runs),
-                  loc="outside upper center", ncols=4)
+    if len(runs) == 1:
+        figure.suptitle(*runs)
+    else:
+        handles = [plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+        figure.legend(handles, list(runs), loc="outside upper center", ncols=4)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
 
+def draw_panel(axis, runs: dict[str, list[dict]], names: list[str]) -> None:
+    """One line for each of the metrics `names` in each run, and a legend if there are several."""
+    shared = commonpath([name.rpartition("/")[0] for name in names] or [""])  # not in the legend
+    for i, rows in enumerate(runs.values()):
+        for j, name in enumerate(names):
+            steps = [row["step"] for row in rows if name in row]
+            values = [row[name] for row in rows if name in row]
+            color, style = (f"C{j}", "-") if len(runs) == 1 else (f"C{i}", STYLES[j % len(STYLES)])
+            label = name.removeprefix(shared).lstrip("/") if i == 0 else None
+            axis.plot(steps, values, linestyle=style, color=color, label=label,
+                      marker="." if len(steps) < 15 else "")
+    if len(names) > 1:
+        legend = axis.legend(fontsize=8)
+        for handle in legend.legend_handles if len(runs) > 1 else ():
+            handle.set_color("black")  # a colour is a run
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def main() -> None:
-    """Overlay the runs that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Draw the runs that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="directories of runs")
-    parser.add_argument("--out", default="curves.png")
+    parser.add_argument("--metrics", nargs="+", default=(), metavar="PATTERN",
+                        help="names of metrics, * matches any characters; default: nine panels")
+    parser.add_argument("--out", default="curves.png", help="the picture; default: %(default)s")
     args = parser.parse_args()
     try:
-        plot_runs(args.runs, args.out)
-    except ValueError as error:
+        plot_runs(args.runs, args.out, args.metrics)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"wrote {args.out}")
 
