@@ -11,6 +11,7 @@ function states no accuracy: score@k is the mean score, best@k the mean of each 
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from statistics import fmean
 from infra.config import escape_control, flatten, one_line_errors, read_command_line, split_list
 from infra.data import Prompt, find_column
 from infra.distributed import raise_on_all_ranks
-from infra.setup import TrainState
+from infra.setup import TrainState, setup, sync_weights
 from reward import Score, mean_extra
 from rollout import Response, SamplingParams, generate
 from sampling import score_responses
@@ -46,12 +47,15 @@ def validate(state: TrainState, prompts: list[Prompt]) -> Evaluation:
     return evaluate(prompts, *sample_and_score(state, prompts), state.config.val.level_key)
 
 
-def validation_metrics(state, val, step, evaluations):
-    config = state.config
-    due = step in (0, config.total_training_steps) or (config.val.every and step % config.val.every == 0)
-    if not (val and due):
+def validation_metrics(state: TrainState, val: dict[str, list[Prompt]], step: int,
+                       evaluations: Evaluations) -> dict[str, float]:
+    """`val/<set>/<metric>` of every validation set if validation is due after this step, else {}.
+
+    The evaluations become those `before` (step 0) or `after` in `evaluations`.
+    """
+    last, every = state.config.total_training_steps, state.config.val.every
+    if not val or not (step in (0, last) or (every and step % every == 0)):
         return {}
-    import time
     start, metrics = time.perf_counter(), {}
     for name, prompts in val.items():
         evaluation = validate(state, prompts)
@@ -66,7 +70,7 @@ def sample_and_score(state: TrainState,
     val, max_tokens = state.config.val, state.config.data.max_response_length
     params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p)
     responses = generate(state, prompts, range(len(prompts)), "validation", params)
-    return responses, score_responses(state, prompts, responses, "validation")
+    return responses, score_responses(state, prompts, responses)
 
 
 def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
