@@ -54,18 +54,18 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
                  config.total_training_steps, initial=counters["step"],
                  disable=not state.accelerator.is_main_process)
-    for step in steps:                                                    # 1: for step = 1, ..., M
+    for step in steps:                                              # 1: for step = 1..M
         timer, generated, kept, gen_batches = Timer(), [], [], 0
-        while len(kept) < size and gen_batches < max_gen_batches:     # 7, 8: until the buffer is full
+        while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: fill the buffer
             position = counters["prompts_drawn"]
             count = generation_batch_size(config, size - len(kept),
                                           counters["ema_groups_kept"] + len(kept),
                                           counters["ema_groups_generated"] + len(generated))
-            prompts = draw_prompts(data.train, position, count, config.seed)      # 2: sample a batch
+            prompts = draw_prompts(data.train, position, count, config.seed)  # 2: batch of prompts
             positions = range(position, position + count)
-            with timer("generate"):                                       # 4: n responses to each
+            with timer("generate"):                                 # 4: n responses each
                 responses = generate(state, prompts, positions, f"step {step}", params)
-            with timer("reward"):                                         # 5: rewards
+            with timer("reward"):                                   # 5: rewards
                 scores = score_responses(state, prompts, responses, f"step {step}")
             groups = make_groups(config, positions, prompts, responses, scores)  # overlong penalty
             if config.algorithm.use_kl_in_reward:
@@ -82,7 +82,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
 
         advantages, metrics = None, {}
         if groups:
-            advantages = compute_advantages(config, groups)               # 9: advantages
+            advantages = compute_advantages(config, groups)         # 9: advantages
             samples, totals = make_samples(config, groups, advantages), StatTotals()
             batches = mini_batches(len(samples), config.actor.ppo_mini_batch_size,
                                    config.actor.ppo_epochs, config.seed, step)
@@ -92,10 +92,10 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                 samples = add_logprobs(state, samples, batches)
             with timer("update"):
                 lr = set_learning_rate(state, step)
-                for number, indices in enumerate(batches):                # 10: mini-batches
+                for number, indices in enumerate(batches):          # 10: mini-batches
                     on_policy = number == 0 and config.actor.old_logprobs == "recompute"
                     mini_batch = [samples[i] for i in indices]
-                    update_policy(state, mini_batch, on_policy, totals)   # 11: maximise equation 8
+                    update_policy(state, mini_batch, on_policy, totals)  # 11: equation 8
                 metrics = actor_metrics(state.accelerator, totals, lr)
             with timer("sync"):
                 sync_weights(state)
