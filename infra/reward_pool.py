@@ -125,7 +125,7 @@ def start_fork_server(name: str, workers: int, timeout: float, example_rows: Seq
             f"from infra.reward_pool import serve; serve({fds})")
     server = subprocess.Popen(
         [sys.executable, "-c", code], pass_fds=fds, stdin=subprocess.DEVNULL, stdout=2,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, start_new_session=True)
     for connection in remote:
         connection.close()
     loaded = None
