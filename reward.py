@@ -1,347 +1,199 @@
-"""How good is this text? Verifiers and the overlong penalty: text and numbers in, numbers out.
+r"""What a response is worth: the built-in reward functions and the overlong penalty.
 
-DAPO's reward is +1 for a right final answer and -1 for any other (section 2.4), plus a penalty near
-the length limit (equation 13). Departures from the paper: a response of exactly the maximum length
-gets the same -penalty_factor from both of the equation's branches, so one expression serves for both.
+`math` is DAPO's published reward (section 2.4; `math_dapo` in the released code): +1 if the last
+`Answer: ...` of a response's last 300 characters equals the ground truth, -1 if not, both in the
+normal form of Minerva (Lewkowycz et al. 2022, appendix D.1). Departures:
 
-Text is only ever read: nothing in it is executed, and of an answer no more is looked at than the last 300 characters.
+- A full stop at the end of an answer is dropped.
+- An empty or missing answer is never right, and its `pred` is "" instead of "[INVALID]".
+- A ground truth of more than 300 characters is never right, so that the work is bounded.
+- `math_strict_box` looks for the last \boxed{...} in the last 300 characters; published: 100.
 
-A verifier of your own is a function in any Python file, `reward.name=path/to/file.py:function`. It is called as
-`function(response, ground_truth, **row)`, with those of the row's columns that it names (or all, for `**row`). If its
-first argument is called `responses`, it gets all responses to one prompt, and returns a list. A verdict is a number;
-or a dict of `score` and, where they are known, `acc`, `pred` and further columns; or a `Score`.
+The overlong penalty is equation 13. A response of exactly the maximum length gets -penalty_factor
+from both of the equation's branches, so one expression serves for both.
+
+How a reward function of your own is called, and what it may return: infra/reward_function.py.
 """
 
-import importlib.util
-import inspect
 import logging
-import math
 import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple
 
 ANSWER_WINDOW = 300  # characters at the end of a response in which the answer must stand
-ANSWER_LINE = re.compile("answer[*_`]*\\s*[:\N{FULLWIDTH COLON}]" r"[*_`}]*\s*(?:(?:\$\$|\\\[)\s*)?([^\n]+)",
-                         re.IGNORECASE)
-BUILT_IN = ("math", "math_strict_box", "math_verify", "toy")
+ANSWER = re.compile(r"Answer\s*:\s*([^\n]+)", re.IGNORECASE)
+SUBSTITUTIONS = [
+    ("an ", ""), ("a ", ""), (".$", "$"), (r"\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
+    (r",\text{and}", ","), (r"\text{and}", ","), (r"\text{m}", r"\text{}")]
+REMOVED_EXPRESSIONS = [
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots",
+    "sue", "points", "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds",
+    "meters", "meals", "edges", "students", "childrentickets", "multiples", r"\text{s}",
+    r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
+    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots"]
+LATEX = [(re.compile(pattern, re.MULTILINE), plain) for pattern, plain in [
+    (r"^[^$\n]*\$([^$\n]*)\$.*", r"$\1$"),  # only what the first pair of dollar signs encloses
+    (r"\\text\{([^}\n]*)\}", r"\1"), (r"\\textbf\{([^}\n]*)\}", r"\1"),
+    (r"\\overline\{([^}\n]*)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
+    (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]]
 
-MARKUP = [(re.compile(pattern), plain) for pattern, plain in (  # in this order; what is dropped leaves a space, lest
-    (r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),  # two numbers become one
-    (r"\s+([\^²³])", r"\1"),
-    (r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})", ","),  # LaTeX's thousands
-    (r"\^?\{?\\circ\}?|\\degrees?(?![a-z])|°", " degrees "),
-    (r"\\left(?![a-z])|\\right(?![a-z])|\\[()\[\]]|\\?[$€£]|\*\*|\\[,;:!~ ]|~|\\q?quad(?![a-z])", " "),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"(?<=[0-9])\s*\\frac", r" \\frac"),  # a mixed number
-    (r"\\frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"\1/\2"), (r"\\frac\s*([0-9])\s*([0-9])", r"\1/\2"),
-    (r"\\leq?(?![a-z])|≤", "<="), (r"\\geq?(?![a-z])|≥", ">="),
-    (r"\\%|\bpercent\b", "%"), ("[\N{MINUS SIGN}\N{EN DASH}]", "-"))]
-PARENTHESES = re.compile(r"\(?\s*([A-Za-z])\s*\)|\(\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*\)")  # around a choice, or a number
-NAME = re.compile(r"[^=<>!0-9]{1,40}=([^=]+)")  # x = 5, m + n = 25
-NUMBER = re.compile(r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)"
-                    r"(?:(?: ([0-9]+))? ?/ ?([0-9]+))?(?![0-9])(.*)", re.DOTALL)
-GLUED = {"%", "mm", "cm", "m", "km", "in", "ft", "yd", "mi", "mg", "g", "kg", "oz", "lb", "lbs", "ml", "hr", "hrs",
-         "min", "mins", "mph"}  # units that may touch the number
-UNIT = re.compile(r"([A-Za-z%]+)(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+(?:\^\{?[23]\}?|[²³])?)?[.,;!]*")
-AMOUNTS = re.compile("""or|and|to|not|plus|minus|times|over|by|point|hal(f|ves)|thirds?|quarters?|tenths?|dozens? |
-    hundreds?|thousands?|millions?|billions?|trillions?|lakh|crore|tens|squared|cubed|factorial|choose|pi|mod|modulo |
-    less|more|xor|maybe|wrong|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve |
-    (?:twen|thir|for|fif|six|seven|eigh|nine)ty""", re.IGNORECASE | re.VERBOSE)  # words that make it another number
-ALGEBRA = re.compile(r"[A-Za-z]| (?!in\b|m\b|[ckm]m\b|k?g\b)[A-Za-z]{1,2}\b")  # a ground truth's 3x, 3 xy
-WORK = re.compile(r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|!|mod|choose")  # left undone
-ARITHMETIC = re.compile(rf"[0-9)}}]\s*(?:[-+*^(]|\\times|\\cdot|\\div)|sqrt|{WORK.pattern}")
+# What math_verify is not asked: see `score_math_verify`.
+WORK = re.compile(
+    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|!|mod|choose")
+ARITHMETIC = re.compile(
+    rf"[0-9)}}]\s*(?:[-+*^(]|\\times|\\cdot|\\div)|sqrt|{WORK.pattern}")
+NUMBER = re.compile(r"-?(?:[0-9.]+(?:/[0-9]+)?|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})(?:\\?%)?")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A verdict: `acc` is right (1) or wrong (0), `score` what it is worth, `pred` the answer that was read; `columns`
-    is whatever else the verifier has to say: numbers become metrics."""
-    acc: float
-    score: float
-    pred: str = ""
-    columns: dict[str, float | str] = field(default_factory=dict)
+    """What a reward function says of one response. `score` is what advantages are made of."""
+    acc: float | None  # right (1) or wrong (0); None: the reward function states no accuracy
+    score: float  # before the overlong penalty
+    pred: str = ""  # the answer as it was read; "" if there is none
+    extra: dict[str, float | str] = field(default_factory=dict)  # numbers become metrics
+    status: str = "ok"  # ok | timeout | error
+    message: str = ""  # what went wrong, if status is not ok
 
 
-TIMED_OUT = Score(0.0, -1.0, columns={"no verdict": "the verifier took too long, or too much memory, or died"})
-FAILED = Score(0.0, -1.0, columns={"no verdict": "the verifier failed"})
+class Task(NamedTuple):
+    """The responses of one prompt, their lengths in tokens (EOS included), and the prompt's row."""
+    responses: list[str]
+    lengths: list[int]
+    ground_truth: str
+    row: dict
 
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,
                      penalty_factor: float = 1.0) -> float:
-    """Soft overlong punishment (equation 13): 0 up to the buffer's start, then falling in a straight line.
+    """Soft overlong punishment (equation 13): 0 up to the start of the buffer, then linear.
 
-    Lengths in tokens. Returns a number in [-penalty_factor, 0]: -penalty_factor at `max_response_length`
-    and, should a response be longer, beyond it.
+    Lengths in tokens. Returns a number in [-penalty_factor, 0]: -penalty_factor at
+    `max_response_length` and beyond it.
     """
     excess = response_len - (max_response_length - overlong_buffer_len)
     return -min(max(excess / overlong_buffer_len, 0.0), 1.0) * penalty_factor
 
 
-# ---- mathematics ------------------------------------------------------------------------------------------------
+# ---- mathematics --------------------------------------------------------------------------------
 
-def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} that is closed holds; None where there is none."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for at in range(start + 6, len(text)):
-            depth += (text[at] == "{") - (text[at] == "}")
-            if depth == 0:
-                return text[start + 7:at]
-        end = start
-    return None
-
-
-def find_answer(response: str) -> str:
-    """What the last `Answer: ...` line in a response's last 300 characters says; nothing where there is none."""
-    answers = ANSWER_LINE.findall(response[-ANSWER_WINDOW:])
-    return answers[-1] if answers else ""
+def last_boxed(text: str) -> str:
+    r"""The content of the last \boxed{...}; "" if there is none or its brace is not closed."""
+    start, depth = text.rfind("\\boxed{"), 0
+    for end in range(start + 6, len(text) if start >= 0 else 0):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start + 7:end]
+    return ""
 
 
 def extract_answer(response: str) -> str:
-    """A response that says no more than `Answer: ...`: the last such line, or where there is none the last box."""
-    answer = find_answer(response) or last_boxed(response[-ANSWER_WINDOW:]) or ""
-    return "Answer: " + answer.replace("\n", " ")
+    """The text after the last `Answer:` of the last 300 characters; "" if there is none."""
+    answers = ANSWER.findall(response[-ANSWER_WINDOW:])
+    return answers[-1] if answers else ""
 
 
-def read_number(text: str, fractions: bool = False) -> tuple[str, str] | None:
-    """A number in one way to write it, and what stands behind it; None where a text is no number.
-
-    `fractions`: 3/4, 6/8 and 0.75 are the same; without, a fraction is no number.
-    """
-    sign, number, numerator, denominator, rest = NUMBER.fullmatch(text).groups()
-    if not number.strip(".") or (denominator and not (fractions and int(denominator))):
-        return None
-    whole, _, decimals = number.replace(",", "").partition(".")
-    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
-    plain = f"{whole}.{decimals}" if decimals else whole
-    if fractions:
-        value = Fraction(plain) + Fraction(int(numerator), int(denominator)) if numerator else (
-            Fraction(plain) / int(denominator or 1))
-        plain = str(value)
-    return plain if plain == "0" else sign.strip("+") + plain, rest
-
-
-def is_unit(text: str) -> bool:
-    """Whether what stands behind a number leaves it that number: nothing, a unit, or a few words."""
-    words = text.split()
-    for at, word in enumerate(words):
-        match = UNIT.fullmatch(word)
-        if not match or AMOUNTS.fullmatch(match.group(1)) or (
-                at == 0 and text[0] not in " %" and match.group(1) not in GLUED) or (
-                len(word) == 1 and word not in "%mgshl"):
-            return False
-    return True
-
-
-def plain_text(text: str) -> str:
-    """What is boxed, or all of it, without mark-up."""
-    text = last_boxed(text) or text
-    for pattern, plain in MARKUP:
+def normalize_answer(text: str) -> str:
+    """An answer in the published rule's normal form; "" for more than 300 characters."""
+    if len(text) > ANSWER_WINDOW:
+        return ""
+    if text.rstrip().endswith("."):
+        text = text.rstrip()[:-1]
+    text = text.rpartition("=")[2]
+    for old, new in SUBSTITUTIONS + [(expression, "") for expression in REMOVED_EXPRESSIONS]:
+        text = text.replace(old, new)
+    for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    text = text.strip(" \t\r\n*_`").rstrip(" .,;")
-    if match := PARENTHESES.fullmatch(text):
-        text = match.group(1) or match.group(2)
-    return " ".join(text.split())
+    text = text.replace("$", "")
+    digits = text.replace(",", "")
+    return digits if digits.isdigit() else text.strip()
 
 
-def normalise_answer(text: str, ground_truth: str) -> str:
-    """The plain form of an answer, by the kind that the ground truth is of; equal to its own where it is right.
-
-    An equation, and what is no number, are compared as they stand. Of a number, separators, zeros and signs are
-    written one way. A unit or words behind it go, where they are the ground truth's too or that has none. Fractions
-    are worked out only where the ground truth is one, lest the policy leave a last division to the verifier.
-    """
-    truth, text = plain_text(ground_truth), plain_text(text)
-    fractions = bool(re.search(r"[0-9] ?/ ?[0-9]", truth))
-    if "=" not in truth and (match := NAME.fullmatch(text)):
-        text = match.group(1).strip()
-    wanted, found = read_number(truth, fractions), read_number(text, fractions)
-    if wanted and found and is_unit(found[1]) and is_unit(wanted[1]) and not ALGEBRA.match(wanted[1]):
-        units = [re.sub(r"\s|[.,;!]", "", rest.lower()) for _, rest in (wanted, found)]
-        if not all(units) or units[0] == units[1]:
-            return found[0]
-    return re.sub(r"(?<!\w) | (?!\w)", "", text.lower())  # 6 0 is not 60
-
-
-def compare(answer: str, ground_truth: str) -> Score:
-    """+1 if right, -1 if not. A ground truth of more than 300 characters is nobody's."""
-    ground_truth = ground_truth[:ANSWER_WINDOW + 1]
-    pred = normalise_answer(answer, ground_truth)
-    right = bool(pred) and len(ground_truth) <= ANSWER_WINDOW and pred == normalise_answer(ground_truth, ground_truth)
+def exact_match(pred: str, ground_truth: str) -> Score:
+    """+1 if the two are equal and not empty, -1 if not."""
+    right = pred != "" and pred == ground_truth
     return Score(acc=float(right), score=1.0 if right else -1.0, pred=pred)
 
 
 def score_math(response: str, ground_truth: str) -> Score:
-    """Judge the last `Answer: ...` line within a response's last 300 characters: +1 if right, -1 if not."""
-    return compare(find_answer(response), ground_truth)
+    """DAPO's published rule: the last `Answer:`, normalised and compared exactly."""
+    return exact_match(normalize_answer(extract_answer(response)), normalize_answer(ground_truth))
 
 
 def score_math_strict_box(response: str, ground_truth: str) -> Score:
-    """The same of the last \\boxed{...} within those: nothing else counts."""
-    return compare(last_boxed(response[-ANSWER_WINDOW:]) or "", ground_truth)
+    r"""The last \boxed{...} of the last 300 characters, compared exactly and not normalised."""
+    return exact_match(last_boxed(response[-ANSWER_WINDOW:]), ground_truth)
+
+
+def answer_or_box(response: str) -> str:
+    """What `math_verify` compares: the `Answer:`, or the last box if there is none."""
+    return extract_answer(response) or last_boxed(response[-ANSWER_WINDOW:])
 
 
 @lru_cache(maxsize=256)
 def parse_latex(text: str) -> list:
-    """What math_verify reads in a text."""
+    """What the library math_verify reads in `text`. Sets no limit of time: see reward_pool.py."""
     from math_verify import parse
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that nothing limits its time
-    return parse(text if re.search(r"\$|boxed|\\[(\[]", text) else f"${text}$", parsing_timeout=None)
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that there is no limit
+    marked = re.search(r"\$|boxed|\\[(\[]", text)
+    return parse(text if marked else f"${text}$", parsing_timeout=None)
 
 
 def score_math_verify(response: str, ground_truth: str) -> Score:
-    """`extract_answer`, compared as mathematics by the library math_verify: LaTeX, sets, intervals, expressions. Without
-    the library's own limits of time, which are signals: see judges.py.
+    """`answer_or_box`, compared as mathematics by the library math_verify: +1 or -1.
 
-    It works out what it is given, so it is not given work that the policy left undone: sums, integrals, factorials
-    that are not in the ground truth, or any arithmetic where that is a number. Nor times, nor bare lists, whose order
-    it does not mind.
+    The library evaluates what it is given, so it is not given unfinished work: sums, factorials and
+    the like that the ground truth lacks, or any arithmetic if the ground truth is a number. Nor
+    ratios such as 1:5, nor lists without brackets, whose order it ignores.
     """
     from math_verify import verify
-    answer = extract_answer(response).partition(" ")[2]
-    verdict = compare(answer, ground_truth)
-    plain, truth = plain_text(answer), plain_text(ground_truth[:ANSWER_WINDOW])
-    number = read_number(truth, fractions=True)
-    undone = WORK if not number or number[1] else ARITHMETIC
-    if verdict.acc or not plain or (undone.search(plain) and not undone.search(truth)) or re.search(
-            "[0-9]:[0-9]", plain) or ("," in truth and not re.search(r"[\[({]", truth)):
-        return verdict
+    answer, truth = answer_or_box(response), normalize_answer(ground_truth)
+    score = exact_match(normalize_answer(answer), truth)
+    work = ARITHMETIC if NUMBER.fullmatch(truth) else WORK
+    unfinished = work.search(answer) and not work.search(truth)
+    bare_list = "," in truth and not re.search(r"[\[({]", truth)
+    if score.acc or not (score.pred and truth) or unfinished or bare_list or (
+            re.search("[0-9]:[0-9]", answer)):
+        return score
     try:
         right = verify(parse_latex(ground_truth), parse_latex(answer), timeout_seconds=None)
     except MemoryError:
         raise
-    except Exception:  # whatever sympy thinks of such a text
+    except Exception:  # sympy raises anything on a malformed answer, which is then wrong
         right = False
-    return Score(float(right), 1.0 if right else -1.0, verdict.pred)
+    return Score(float(right), 1.0 if right else -1.0, score.pred)
 
 
-# ---- verifiers --------------------------------------------------------------------------------------------------
+# ---- one score of several reward functions ------------------------------------------------------
 
-def load_verifier(name: str) -> Callable:
-    """The verifier called `name`: built in, or `path/to/file.py:function`. Raises ValueError where there is none."""
-    if name in ("math", "math_strict_box"):
-        return globals()[f"score_{name}"]
-    if name == "math_verify":
-        for answer in (r"\frac{5\pi}{2}", r"x^{2} \cdot \sqrt{3}", r"\{1, 2\}", "(1, 2)"):  # first times are slow
-            score_math_verify(f"Answer: ${answer}$", r"2\pi")
-        return score_math_verify
-    if name == "toy":
-        from toy.make_toy import score
-        return score
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise ValueError(f"reward.name: {name!r} is neither {', '.join(BUILT_IN)} nor an existing "
-                         "path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"verifier_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look
-    sys.path.append(str(Path(path).resolve().parent))  # of what it imports
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward.name: cannot import {path}: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"reward.name: {path} has no function {function!r}")
-    return getattr(module, function)
-
-
-@lru_cache
-def arguments_of(verifier: Callable) -> dict[str, inspect.Parameter]:
-    """Its arguments by their names."""
-    return dict(inspect.signature(verifier).parameters)
-
-
-def is_batched(verifier: Callable) -> bool:
-    """Whether it judges all responses to a prompt at once."""
-    return next(iter(arguments_of(verifier)), "") == "responses"
-
-
-def judge(verifier: Callable, responses: Sequence[str], ground_truth: str, row: dict) -> list[Score]:
-    """Verdicts on responses to one prompt. Raises ValueError where the verifier fails, or returns something else."""
-    taken, wanted = list(arguments_of(verifier))[:2], arguments_of(verifier)
-    columns = {key: value for key, value in row.items() if key not in taken and (
-        key in wanted or any(argument.kind is argument.VAR_KEYWORD for argument in wanted.values()))}
-    for name, argument in list(wanted.items())[2:]:
-        if name not in columns and argument.default is argument.empty and argument.kind not in (
-                argument.VAR_KEYWORD, argument.VAR_POSITIONAL):
-            raise ValueError(f"the reward function wants a column {name!r}, which the data lack (they have: "
-                             f"{', '.join(map(str, row))}): give the argument a default, or mend the data")
-    try:
-        verdicts = (verifier(list(responses), ground_truth, **columns) if is_batched(verifier) else
-                    [verifier(response, ground_truth, **columns) for response in responses])
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"the reward function raised {type(error).__name__}: {str(error)[:300]} "
-                         f"at {Path(where.filename).name}:{where.lineno}") from error
-    if isinstance(verdicts, (str, dict)) or not hasattr(verdicts, "__len__") or len(verdicts) != len(responses):
-        raise ValueError(f"the reward function returned {repr(verdicts)[:60]}: a list of {len(responses)} verdicts is "
-                         "expected of one whose first argument is `responses`")
-    return [to_score(verdict) for verdict in verdicts]
-
-
-def to_score(verdict) -> Score:
-    """A number, a dict with `score`, or a `Score`, as a `Score` of plain numbers. Raises ValueError for anything else,
-    and for numbers that are not finite."""
-    try:
-        fields = dict(verdict) if isinstance(verdict, dict) else dict(vars(verdict)) if isinstance(
-            verdict, Score) else {"score": verdict}
-        score = float(fields.pop("score"))
-        acc, pred = float(fields.pop("acc", score > 0)), str(fields.pop("pred", ""))
-        columns = {str(name): float(value) if hasattr(value, "__float__") else str(value)
-                   for name, value in (fields.pop("columns", {}) | fields).items()}
-    except Exception:  # a tensor of several numbers has its own
-        raise ValueError(f"the reward function returned {repr(verdict)[:200]}: a number, a dict with `score`, or a "
-                         "Score is expected") from None
-    for name, value in {"score": score, "acc": acc, **columns}.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"the reward function returned {name}={value}")
-    return Score(acc, score, pred, columns)
+def failed_score(status: str, weights: Sequence[float], message: str) -> Score:
+    """The score of a response whose reward function failed: as wrong as all reward functions can
+    call it, so that it does not pay to break one of several."""
+    return Score(0.0, -sum(map(abs, weights)), status=status, message=message)
 
 
 def weighted_sum(scores: dict[str, Score], weights: Sequence[float]) -> Score:
-    """The verdict of several verifiers: the sum of their scores, times their weights. What is right, and the answer,
-    is the first one's affair. Each one's score becomes a column."""
-    if TIMED_OUT in scores.values():
-        return no_verdict(TIMED_OUT, weights)
-    first = next(iter(scores.values()))
-    columns = {name: score.score for name, score in scores.items()}
+    """One score of several reward functions: the weighted sum of their scores. `acc` and `pred`
+    are the first one's. Each function's score becomes the extra value `<name>/score`."""
     for name, score in scores.items():
-        columns |= {f"{name}/{key}": value for key, value in score.columns.items()}
-    return Score(first.acc, sum(weight * score.score for weight, score in zip(weights, scores.values(), strict=True)),
-                 first.pred, columns)
+        if score.status != "ok":
+            return failed_score(score.status, weights, f"{name}: {score.message}")
+    total, extra = 0.0, {}
+    for weight, (name, score) in zip(weights, scores.items(), strict=True):
+        total += weight * score.score
+        extra[f"{name}/score"] = score.score
+        extra |= {f"{name}/{key}": value for key, value in score.extra.items()}
+    first = next(iter(scores.values()))
+    return Score(first.acc, total, first.pred, extra)
 
 
-def no_verdict(kind: Score, weights: Sequence[float]) -> Score:
-    """`TIMED_OUT` or `FAILED`, worth what it is to be wrong to all verifiers: to break one must not pay."""
-    return replace(kind, score=-sum(map(abs, weights)))
-
-
-def mean_columns(scores: Sequence[Score]) -> dict[str, float]:
-    """`verdict/<column>` for a verifier's own columns: the mean over the responses that have it as a number."""
-    columns: dict[str, list[float]] = {}
+def mean_extra(scores: Sequence[Score]) -> dict[str, float]:
+    """Metrics `reward/<name>`: the mean of each numeric extra value over scores that have it."""
+    values: dict[str, list[float]] = {}
     for score in scores:
-        for name, value in score.columns.items():
+        for name, value in score.extra.items():
             if isinstance(value, float):
-                columns.setdefault(name, []).append(value)
-    return {f"verdict/{name}": sum(values) / len(values) for name, values in columns.items()}
-
-from typing import NamedTuple
-@dataclass(frozen=True)
-class Score:
-    acc: float | None
-    score: float
-    pred: str = ""
-    extra: dict = field(default_factory=dict)
-    status: str = "ok"
-    message: str = ""
-class Task(NamedTuple):
-    responses: list
-    lengths: list
-    ground_truth: str
-    row: dict
-def mean_extra(scores): return {}
+                values.setdefault(name, []).append(value)
+    return {f"reward/{name}": sum(numbers) / len(numbers) for name, numbers in values.items()}

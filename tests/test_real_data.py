@@ -78,7 +78,7 @@ def test_long_prompts_are_dropped_or_cut_and_counted(start, tiny_qwen, gsm8k, tm
     assert re.search(count, capsys.readouterr().out)
 
 
-def test_the_math_verifier_on_a_random_model_skips_steps_and_says_why(start, tiny_qwen, gsm8k, tmp_path):
+def test_the_math_reward_on_a_random_model_skips_steps_and_says_why(start, tiny_qwen, gsm8k, tmp_path):
     """Nothing is ever right: the run must not divide by zero, hang or train on noise, but say so and stop."""
     with pytest.raises(SystemExit, match="2 steps in a row were skipped.*0% all-correct, 100% all-wrong, .* truncated: "):
         start(*real(tiny_qwen, gsm8k, tmp_path, "reward.name=math", "filter_groups.metric=acc", "filter_groups.max_num_gen_batches=1",
@@ -103,5 +103,5 @@ def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k,
     assert "aime-2024.parquet: 30 prompts; 930 rows that repeat one were dropped" in out
     assert "warning: " + aime + ": 3 of its 3 prompts are in data.train_file too" in out
     first, last = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-    assert first["val/gsm8k_test/verdict/is_aime"] == 0 and first["val/aime-2024/verdict/is_aime"] == 1
-    assert last["groups/trained"] == 4 and 0 < last["verdict/is_aime"] < 1
+    assert first["val/gsm8k_test/reward/is_aime"] == 0 and first["val/aime-2024/reward/is_aime"] == 1
+    assert last["groups/trained"] == 4 and 0 < last["reward/is_aime"] < 1

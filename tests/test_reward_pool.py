@@ -1,26 +1,29 @@
-"""judges.py: a verifier of one's own runs beside the trainer, and cannot hold it up."""
+"""infra/reward_pool.py: a reward function of one's own runs beside the trainer, within limits."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-import infra.reward_pool as judges
-from infra.reward_pool import make_judge
-from reward import TIMED_OUT, Score
+from infra import reward_pool
+from infra.reward_pool import make_scorer, score_distinct
+from reward import Score, Task
 
-VERIFIER = '''
-import os, re, subprocess, time
+ROOT = Path(__file__).parent.parent
+REWARD = '''
+import os, re, subprocess, sys, time
 def score(response, ground_truth, **row):
-    print("not a verdict")
+    print("not a score")
     if response == "hang":
         re.match("(a+)+$", "a" * 60 + "b")  # holds the interpreter's lock for ever
     if response == "die":
-        os._exit(1)
+        os._exit(3)
     if response == "eat":
         return len(bytearray(16 * 2**30))
     if response == "fork":
@@ -29,217 +32,72 @@ def score(response, ground_truth, **row):
         time.sleep(100)
     if response == "cat":
         subprocess.run(["cat"])
-    if response == "work":
-        sum(i * i for i in range(500_000))
-    if response == "burn":
-        start = time.process_time()
-        while time.process_time() < start + 0.7:
-            pass
     if response == "fail":
         raise KeyError("x")
     if response == "sleep":
-        time.sleep(0.5)
+        time.sleep(0.3)
+    if response in ("sleep", "pid"):
+        return os.getpid()
+    if response == "session":
+        return os.getsid(0)
+    if response == "torch":
+        return "torch" in sys.modules
     return float(response == ground_truth) + row.get("bonus", 0)
 '''
+FAILED = {
+    "hang": Score(0.0, -1.0, status="timeout", message="the reward function took more than 1 s"),
+    "die": Score(0.0, -1.0, status="error", message="the reward function's process died (3)"),
+    "eat": Score(0.0, -1.0, status="error", message="the reward function raised MemoryError:  at "
+                 "mine.py:10 (it has 8 GiB of address space)"),
+    "fail": Score(0.0, -1.0, status="error",
+                  message="the reward function raised KeyError: 'x' at mine.py:18")}
 
 
 @pytest.fixture
 def name(tmp_path):
-    (tmp_path / "mine.py").write_text(VERIFIER)
+    (tmp_path / "mine.py").write_text(REWARD)
     return f"{tmp_path}/mine.py:score"
 
 
-@pytest.fixture
-def workers(monkeypatch):
-    """All workers that are started, in their order."""
-    started, start_worker = [], judges.start_worker
-    monkeypatch.setattr(judges, "start_worker", lambda nursery: started.append(start_worker(nursery)) or started[-1])
-    return started
+def make(name, workers=1, timeout=10.0, rows=({},)):
+    """A scorer with one reward function."""
+    return make_scorer([name], [1.0], workers, timeout, rows)
 
 
-def make(name, workers, timeout):
-    """A judge that takes single responses, for short."""
-    judge = make_judge([name], [1.0], workers, timeout)
-    return lambda tasks: [verdict for verdict, in judge([([response], *rest) for response, *rest in tasks])]
+def task(*responses, ground_truth="1", **row):
+    return Task(list(responses), [len(response) for response in responses], ground_truth, row)
+
+
+def right(*scores):
+    """Scores of a function that states no accuracy."""
+    return [Score(None, float(score)) for score in scores]
 
 
 def alive(pid):
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().split(") ")[1][0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_verdicts_come_in_the_tasks_order(name):
-    judge = make_judge([name], [1.0], 2, 10.0)
-    tasks = [([str(i % 3), "1"], "1", {"bonus": i}) for i in range(30)]
-    assert judge(tasks) == [[Score(float(i + (i % 3 == 1) > 0), float(i + (i % 3 == 1))), Score(1.0, i + 1.0)] for i in range(30)]
+def descendants(pid):
+    """All living processes that a process has started, and those that they have started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(") ")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
 
 
-def test_scoring_is_parallel(name):
-    judge = make(name, 4, 10.0)
-    start = time.perf_counter()
-    judge([("sleep", "", {})] * 8)
-    assert time.perf_counter() - start < 2.5  # of 4 s, one after the other
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_two_workers_judge_more_than_one_does(name):
-    seconds = {}
-    for count in (1, 2):
-        judge = make(name, count, 10.0)
-        start = time.perf_counter()
-        judge([("work", "", {})] * 60)
-        seconds[count] = time.perf_counter() - start
-    assert seconds[2] < 0.75 * seconds[1]
-
-
-def test_slow_verdicts_are_waited_for(name):
-    """Though all of them together take longer than the limit, and those under way slow each other."""
-    cores = len(os.sched_getaffinity(0))
-    assert make(name, cores, 5.0)([("burn", "", {})] * 8 * cores) == [Score(0.0, 0.0)] * 8 * cores
-
-
-def test_what_a_verifier_reads_or_leaves_running_is_its_own_affair(name):
-    judge = make(name, 1, 1.5)
-    start = time.perf_counter()
-    assert judge([(what, "1", {}) for what in ("cat", "1", "fork", "1")]) == [Score(0.0, 0.0), Score(1.0, 1.0), TIMED_OUT, Score(1.0, 1.0)]
-    assert time.perf_counter() - start < 8
-
-
-def test_a_worker_that_died_meanwhile_costs_no_response_its_verdict(name, workers):
-    judge = make(name, 1, 10.0)
-    assert judge([("1", "1", {})]) == [Score(1.0, 1.0)]
-    os.kill(workers[0].pid, signal.SIGKILL)
-    assert judge([("1", "1", {})]) == [Score(1.0, 1.0)] and len(workers) == 2
-
-
-@pytest.mark.parametrize("what", ["hang", "die", "eat"])
-def test_what_hangs_dies_or_eats_memory_is_wrong_and_the_rest_is_judged(name, what, workers):
-    judge = make(name, 2, 2.0)
-    start = time.perf_counter()
-    verdicts = judge([(what if i % 50 == 0 else "1", "1", {}) for i in range(256)])
-    assert time.perf_counter() - start < 2.0 + 2 + (what == "eat") * 10
-    assert verdicts == [TIMED_OUT if i % 50 == 0 else Score(1.0, 1.0) for i in range(256)]
-    assert judge([("1", "1", {})]) == [Score(1.0, 1.0)]
-    assert 1 <= sum(alive(worker.pid) for worker in workers) <= 2 and len(workers) >= 6  # those that failed are gone
-
-
-HANGS = "Answer: $9^{9^{9^{9}}}$"
-
-
-def test_with_math_verify_and_one_hanging_response_in_a_hundred_a_batch_of_512_takes_the_limit_and_two_seconds(workers):
-    """The last of them near the end; most responses to a prompt agree, as a policy's do."""
-    tasks = []
-    for n in range(2, 34):
-        answers = [rf"{n}\pi"] * 6 + [rf"\pi \cdot {n}"] * 2 + [rf"{n + 1}\pi"] * 3 + [str(n)] * 2 + [rf"\frac{{{n}\pi}}{{2}}"] * 2 + [r"\pi"]
-        tasks.append(([f"so it is.\nAnswer: ${answer}$" for answer in answers], rf"{n}\pi", {}))
-    for at in (5, 100, 211, 340, 507):
-        tasks[at // 16][0][at % 16] = HANGS
-    judge = make_judge(["math_verify"], [1.0], 2, 5.0)
-    start = time.perf_counter()
-    verdicts = [verdict for group in judge(tasks) for verdict in group]
-    seconds = time.perf_counter() - start
-    print(f"{seconds:.2f} s")
-    assert seconds < 5.0 + 2
-    assert [at for at, verdict in enumerate(verdicts) if verdict == TIMED_OUT] == [5, 100, 211, 340, 507]
-    assert sum(verdict.acc for verdict in verdicts) == 32 * 8 - 4  # four of the five were right before
-    assert sum(alive(worker.pid) for worker in workers) <= 2  # the idle ones
-
-
-def test_batched_verifiers_judge_a_prompts_responses_in_one_call_with_one_limit(tmp_path):
-    (tmp_path / "mine.py").write_text("import os, time\ndef score(responses, ground_truth):\n    time.sleep(100 * ('hang' in responses))\n"
-                                      "    return [len(responses) for _ in responses]\n")
-    judge = make_judge([f"{tmp_path}/mine.py:score"], [1.0], 2, 1.0)
-    assert judge([(["a", "b"], "", {}), (["c", "hang", "d"], "", {}), (["e"], "", {})]) == [
-        [Score(1.0, 2.0)] * 2, [TIMED_OUT] * 3, [Score(1.0, 1.0)]]
-
-
-def test_several_verifiers_are_weighed(name):
-    judge = make_judge(["math", name], [1.0, 0.5], 1, 5.0)
-    ((right, wrong, hung, failed),) = judge([(["Answer: 6", "Answer: 7", "hang", "fail"], "6", {"bonus": 4})])
-    assert right == Score(1.0, 3.0, "6", {"math": 1.0, "score": 4.0}) and wrong == Score(0.0, 1.0, "7", {"math": -1.0, "score": 4.0})
-    assert hung == Score(0.0, -1.5, columns=TIMED_OUT.columns) and failed.startswith("the reward function raised KeyError")
-    with pytest.raises(ValueError, match="reward.name: math, math has one of them twice"):
-        make_judge(["math", "math"], [1.0, 1.0], 1, 5.0)
-
-
-def test_two_of_one_name_are_told_apart_by_their_files(tmp_path):
-    names = [f"{tmp_path}/{letter}.py:score" for letter in "ab"]
-    for letter, name in zip("ab", names, strict=True):
-        Path(name.partition(":")[0]).write_text(f"def score(response, ground_truth):\n    return {ord(letter)}\n")
-    ((verdict,),) = make_judge(names, [1.0, 1.0], 1, 5.0)([([""], "", {})])
-    assert verdict.columns == {names[0]: 97.0, names[1]: 98.0} and verdict.score == 195.0
-
-
-@pytest.mark.parametrize("how", ["exit", "killed"])
-def test_what_a_verifier_leaves_running_ends_with_the_trainer(tmp_path, how):
-    (tmp_path / "mine.py").write_text("import subprocess\ndef score(response, ground_truth):\n"
-                                      "    return subprocess.Popen(['sleep', '97']).pid\n")
-    code = (f"import judges\njudge = judges.make_judge(['{tmp_path}/mine.py:score'], [1.0], 1, 10.0)\n"
-            "print(judge([(['x'], '', {})])[0][0].score, flush=True)\n" + "import time; time.sleep(99)\n" * (how == "killed"))
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    pid = int(float(trainer.stdout.readline()))
-    if how == "killed":
-        assert alive(pid)
-        trainer.kill()
-    trainer.wait()
-    for _ in range(50):
-        if not alive(pid):
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("it is still there")
-
-
-@pytest.mark.parametrize("body, verdicts", [
-    ("if os.fork() == 0: response = 'child'\n    return float(len(response))", [1.0, 2.0, 3.0]),
-    ("sys.exit('\\x1b[31mred')", "the reward function ended in SystemExit"),
-    ("return 10 ** 400", "the reward function returned 1000"), ("raise KeyError('x' * 9999)", "the reward function raised KeyError")])
-def test_odd_verifiers_get_or_cost_no_other_verdict(tmp_path, body, verdicts):
-    """One that forks, and so would answer twice; one that ends its process; a number that is none."""
-    (tmp_path / "mine.py").write_text(f"import os, sys\ndef score(response, ground_truth):\n    {body}\n")
-    found = make(f"{tmp_path}/mine.py:score", 1, 10.0)([("a" * count, "", {}) for count in (1, 2, 3)])
-    if isinstance(verdicts, list):
-        assert [verdict.score for verdict in found] == verdicts
-    else:
-        assert all(verdict.startswith(verdicts) and len(verdict) < 500 for verdict in found)
-
-
-def test_a_failure_is_told(name):
-    (verdict,) = make(name, 1, 10.0)([("fail", "", {})])
-    assert verdict.startswith("the reward function raised KeyError: 'x' at mine.py:")
-
-
-def test_one_that_does_not_load_is_an_error_at_once(tmp_path):
-    (tmp_path / "mine.py").write_text("import no_such_module")
-    with pytest.raises(ValueError, match="cannot import .*mine.py: ModuleNotFoundError"):
-        make_judge([f"{tmp_path}/mine.py:score"], [1.0], 1, 10.0)
-    (tmp_path / "mine.py").write_text("import os; os._exit(3)")
-    with pytest.raises(ValueError, match="did not load within 60 s, or died"):
-        make_judge([f"{tmp_path}/mine.py:score"], [1.0], 1, 10.0)
-
-
-def test_a_nursery_that_was_killed_is_an_error_and_no_hang(name, monkeypatch):
-    nurseries, start_nursery = [], judges.start_nursery
-    monkeypatch.setattr(judges, "start_nursery", lambda name: nurseries.append(start_nursery(name)) or nurseries[-1])
-    judge = make(name, 1, 10.0)
-    nurseries[0].process.kill()
-    nurseries[0].process.wait()
-    with pytest.raises(ValueError, match="the process that had loaded the verifier was killed"):
-        judge([("1", "1", {})])
-
-
-def test_nothing_outlives_a_trainer_that_was_killed(name):
-    code = (f"import judges\nnursery = judges.start_nursery({name!r})\nfirst = judges.start_worker(nursery)\n"
-            "print(nursery.process.pid, first.pid, flush=True)\njudges.say(first.socket, (['hang'], '', {}))\njudges.hear(first.socket, 100)")
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    pids = list(map(int, trainer.stdout.readline().split()))
-    time.sleep(0.5)
-    assert all(map(alive, pids)) and len(pids) == 2
-    os.kill(trainer.pid, signal.SIGKILL)
-    trainer.wait()
+def assert_end(pids):
+    """All of them end within five seconds."""
     for _ in range(50):
         if not any(map(alive, pids)):
             return
@@ -247,3 +105,266 @@ def test_nothing_outlives_a_trainer_that_was_killed(name):
     for pid in filter(alive, pids):
         os.kill(pid, signal.SIGKILL)
     pytest.fail("a process is still there")
+
+
+# ---- scores ----
+
+def test_scores_come_in_the_tasks_order(name):
+    tasks = [task(str(i % 3), "1", bonus=i) for i in range(30)]
+    expected = [right(i + (i % 3 == 1), i + 1) for i in range(30)]
+    assert make(name, 2)(tasks) == expected
+
+
+def test_a_group_reward_gets_a_whole_prompt_in_one_call(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\ndef score(responses, ground_truth, response_length):\n"
+        "    time.sleep(100 * ('hang' in responses))\n"
+        "    return [len(responses) + length / 10 for length in response_length]\n")
+    scorer = make(f"{tmp_path}/mine.py:score", 2, 1.0)
+    assert scorer([task("a", "bb"), task("c", "hang", "d"), task("e")]) == [
+        right(2.1, 2.2), [FAILED["hang"]] * 3, right(1.1)]
+
+
+def test_several_reward_functions_are_summed(name):
+    scorer = make_scorer(["math", name], [1.0, 0.5], 1, 1.0, [{"bonus": 4}])
+    ((good, bad, hung, failed),) = scorer(
+        [task("Answer: 6", "Answer: 7", "hang", "fail", ground_truth="6", bonus=4)])
+    assert good == Score(1.0, 3.0, "6", {"math/score": 1.0, "score/score": 4.0})
+    assert bad == Score(0.0, 1.0, "7", {"math/score": -1.0, "score/score": 4.0})
+    assert hung == Score(0.0, -1.5, status="timeout",
+                         message="score: the reward function took more than 1 s")
+    assert (failed.status, failed.score) == ("error", -1.5)
+    with pytest.raises(ValueError, match="reward.name: math, math has one of them twice"):
+        make_scorer(["math", "math"], [1.0, 1.0], 1, 5.0, [{}])
+
+
+def test_one_reward_function_may_have_a_weight(name):
+    scorer = make_scorer(["math"], [2.0], 1, 1.0, [{}])
+    assert scorer([task("Answer: 1")]) == [[Score(1.0, 2.0, "1", {"math/score": 1.0})]]
+
+
+def test_two_of_one_name_are_told_apart_by_their_files(tmp_path):
+    names = [f"{tmp_path}/{letter}.py:score" for letter in "ab"]
+    for letter, name in zip("ab", names, strict=True):
+        Path(name.partition(":")[0]).write_text(
+            f"def score(response, ground_truth):\n    return {ord(letter)}\n")
+    ((score,),) = make_scorer(names, [1.0, 1.0], 1, 5.0, [{}])([task("")])
+    assert score.extra == {f"{names[0]}/score": 97.0, f"{names[1]}/score": 98.0}
+    assert score.score == 195.0
+
+
+def test_math_verify_scores_each_distinct_answer_of_a_prompt_once():
+    calls = []
+
+    def score_all(tasks):
+        calls.extend(tasks)
+        return [[Score(1.0, len(text)) for text in one.responses] for one in tasks]
+    tasks = [task("so\nAnswer: 5", "Answer: 6", "\\boxed{5}", "Answer: 5"), task("Answer: 5")]
+    scores = score_distinct(score_all, tasks)
+    assert [len(call.responses) for call in calls] == [2, 1]
+    assert [[score.score for score in group] for group in scores] == [[9, 9, 9, 9], [9]]
+
+
+@pytest.mark.slow
+def test_with_math_verify_two_hanging_responses_of_512_cost_their_limit_and_no_other_score():
+    tasks = []
+    for n in range(2, 34):
+        answers = [rf"{n}\pi"] * 6 + [rf"\pi \cdot {n}"] * 2 + [rf"{n + 1}\pi"] * 3 + [
+            str(n)] * 2 + [rf"\frac{{{n}\pi}}{{2}}"] * 2 + [r"\pi"]
+        tasks.append(task(*(f"so it is.\nAnswer: ${answer}$" for answer in answers),
+                          ground_truth=rf"{n}\pi"))
+    for at in (5, 340):
+        tasks[at // 16].responses[at % 16] = "Answer: $9^{9^{9^{9}}} \\pi$"
+    scorer = make("math_verify", 2, 5.0)
+    start = time.perf_counter()
+    scores = [score for group in scorer(tasks) for score in group]
+    assert time.perf_counter() - start < 5.0 + 10
+    assert [at for at, score in enumerate(scores) if score.status == "timeout"] == [5, 340]
+    assert sum(score.acc for score in scores) == 32 * 8 - 2  # both were right before
+
+
+# ---- limits ----
+
+def test_scoring_is_parallel_in_processes(name):
+    scorer = make(name, 4)
+    start = time.perf_counter()
+    (scores,) = scorer([task(*["sleep"] * 12)])
+    assert time.perf_counter() - start < 2.4  # of 3.6 s, one after the other
+    assert len({score.score for score in scores}) == 4  # process ids
+
+
+def test_slow_but_honest_calls_are_not_timed_out_because_others_are_slow(name):
+    """All of them together take longer than the limit; each one's clock starts when it runs."""
+    (scores,) = make(name, 2, 1.5)([task(*["sleep"] * 16)])
+    assert {score.status for score in scores} == {"ok"}
+
+
+@pytest.mark.parametrize("what", FAILED)
+def test_what_hangs_dies_eats_memory_or_fails_is_wrong_and_the_rest_is_scored(name, what):
+    before = set(descendants(os.getpid()))
+    scorer = make(name, 2, 1.0)
+    start = time.perf_counter()
+    responses = [what if i % 50 == 10 else "1" for i in range(200)]
+    assert scorer([task(*responses)]) == [
+        [FAILED[what] if response == what else Score(None, 1.0) for response in responses]]
+    assert time.perf_counter() - start < 4 * 1.0 / 2 + 3
+    assert scorer([task("1")]) == [right(1)]
+    pool = set(descendants(os.getpid())) - before
+    assert len(pool) <= 5  # the server, two slots, two workers; those that failed are gone
+
+
+def test_what_a_reward_reads_or_leaves_running_does_not_disturb_the_next(name):
+    scorer = make(name, 1, 1.0)
+    assert scorer([task("cat", "1", "fork", "1")]) == [
+        [*right(0, 1), FAILED["hang"], *right(1)]]
+
+
+def test_a_worker_that_died_meanwhile_costs_no_response_its_score(name):
+    scorer = make(name)
+    ((score,),) = scorer([task("pid")])
+    os.kill(int(score.score), signal.SIGKILL)
+    assert_end([int(score.score)])
+    assert scorer([task("1")]) == [right(1)]
+
+
+@pytest.mark.parametrize("body, expected", [
+    ("if os.fork() == 0: response = 'child'\n    return float(len(response))", [1.0, 2.0, 3.0]),
+    ("sys.exit('\\x1b[31mred')", "the reward function ended with SystemExit"),
+    ("return 10 ** 400", "the reward function returned 1000"),
+    ("raise KeyError('x' * 9999)", "the reward function raised KeyError")])
+def test_odd_rewards_get_or_cost_no_other_score(tmp_path, body, expected):
+    """One that forks, and so would answer twice; one that ends its process; no finite number."""
+    (tmp_path / "mine.py").write_text(
+        f"import os, sys\ndef score(response, ground_truth):\n    {body}\n")
+    (scores,) = make(f"{tmp_path}/mine.py:score")([task("a", "aa", "aaa")])
+    if isinstance(expected, list):
+        assert scores == right(*expected)
+    else:
+        assert all(score.status == "error" and score.message.startswith(expected)
+                   and len(score.message) < 500 for score in scores)
+
+
+# ---- what the processes are ----
+
+def test_a_worker_imports_no_torch_and_sees_no_ctrl_c(name):
+    import torch  # noqa: F401  (the trainer has)
+    ((score, session),) = make(name)([task("torch", "session")])
+    assert score.score == 0 and session.score != os.getsid(0)
+
+
+def test_what_a_reward_prints_goes_to_stderr(name, capfd):
+    make(name)([task("1")])
+    out, err = capfd.readouterr()
+    assert "not a score" in err and not out
+
+
+def test_scoring_works_while_other_threads_hold_locks(name):
+    """A copy of the trainer itself could find a lock taken by a thread that it does not have."""
+    import logging
+    with logging._lock:
+        done = []
+        thread = threading.Thread(target=lambda: done.append(make(name)([task("1")])))
+        thread.start()
+        thread.join(20)
+    assert done == [[right(1)]]
+
+
+def test_the_trainers_script_runs_once_even_without_a_main_guard(name, tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nprint('main', flush=True)\n"
+        "from infra.reward_pool import make_scorer\nfrom reward import Task\n"
+        f"scorer = make_scorer([{name!r}], [1.0], 2, 5.0, [{{}}])\n"
+        "print(scorer([Task(['1'], [1], '1', {})])[0][0].score)\n")
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == ["main", "1.0"]
+
+
+def test_a_scorer_that_is_no_longer_used_leaves_no_process(name):
+    before = set(descendants(os.getpid()))
+    scorer = make(name, 2)
+    scorer([task("1", "1")])
+    started = set(descendants(os.getpid())) - before
+    assert len(started) >= 4
+    del scorer
+    assert_end(started)
+
+
+# ---- the end of the trainer ----
+
+@pytest.mark.parametrize("how", ["exit", "killed"])
+def test_what_a_reward_leaves_running_ends_with_the_trainer(tmp_path, how):
+    (tmp_path / "mine.py").write_text(
+        "import subprocess\ndef score(response, ground_truth):\n"
+        "    return subprocess.Popen(['sleep', '97']).pid\n")
+    code = ("from infra.reward_pool import make_scorer; from reward import Task; import time\n"
+            f"scorer = make_scorer(['{tmp_path}/mine.py:score'], [1.0], 1, 10.0, [{{}}])\n"
+            "print(scorer([Task(['x'], [1], '', {})])[0][0].score, flush=True)\n"
+            f"time.sleep({99 if how == 'killed' else 0})\n")
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                               cwd=ROOT)
+    pid = int(float(trainer.stdout.readline()))
+    if how == "killed":
+        assert alive(pid)
+        trainer.kill()
+    trainer.wait()
+    assert_end([pid])
+
+
+def test_nothing_outlives_a_trainer_that_was_killed(name):
+    """Not even a reward function that holds the interpreter's lock, nor what it has started."""
+    code = ("from infra.reward_pool import make_scorer; from reward import Task\n"
+            f"scorer = make_scorer([{name!r}], [1.0], 3, 100.0, [{{}}])\nprint(flush=True)\n"
+            "scorer([Task(['hang', 'fork', '1'], [1] * 3, '', {})])")
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    trainer.stdout.readline()
+    for _ in range(50):
+        if len(started := descendants(trainer.pid)) == 8:  # a server, slots, workers, one fork
+            break
+        time.sleep(0.1)
+    assert len(started) == 8
+    trainer.kill()
+    trainer.wait()
+    assert_end(started)
+
+
+# ---- what cannot start ----
+
+def test_one_that_does_not_load_is_an_error_at_once(tmp_path):
+    (tmp_path / "mine.py").write_text("import no_such_module")
+    with pytest.raises(ValueError, match="cannot import .*mine.py: ModuleNotFoundError.*mine.py:1$"):
+        make(f"{tmp_path}/mine.py:score")
+    (tmp_path / "mine.py").write_text("import os; os._exit(3)")
+    with pytest.raises(ValueError, match="did not load within 60 s, or died"):
+        make(f"{tmp_path}/mine.py:score")
+
+
+def test_one_that_takes_too_long_to_load_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_pool, "LOAD_TIMEOUT", 0.5)
+    (tmp_path / "mine.py").write_text("import time; time.sleep(60)")
+    with pytest.raises(ValueError, match="did not load within 0 s, or died"):
+        make(f"{tmp_path}/mine.py:score")
+
+
+def test_a_column_that_the_data_lack_is_named_before_the_first_generation(tmp_path):
+    """Every example row counts: the files of a mixture may have different columns."""
+    (tmp_path / "mine.py").write_text("def score(response, ground_truth, level):\n    return level\n")
+    rows = [{"level": 1, "prompt": "x"}, {"prompt": "y", "answer": "z"}]
+    assert make(f"{tmp_path}/mine.py:score", rows=rows[:1])([task("", level=2)]) == [right(2)]
+    message = "the data have the columns prompt, answer: missing a required argument: 'level'"
+    with pytest.raises(ValueError, match=message):
+        make(f"{tmp_path}/mine.py:score", rows=rows)
+
+
+@pytest.mark.parametrize("what", ["the fork server", "a slot"])
+def test_a_killed_process_of_the_pool_is_an_error_and_no_hang(name, what):
+    before = set(descendants(os.getpid()))
+    scorer = make(name, 2)
+    assert scorer([task("sleep", "1", "1")])[0][1:] == right(1, 1)
+    started = [pid for pid in descendants(os.getpid()) if pid not in before]
+    os.kill(started[0 if what == "the fork server" else 1], signal.SIGKILL)
+    with pytest.raises(ValueError, match=re.escape(f"a process of the reward function {name} was")):
+        for _ in range(50):
+            scorer([task("1")])
+            time.sleep(0.1)
+    assert_end(started)

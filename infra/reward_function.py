@@ -1,0 +1,137 @@
+"""Loading a reward function by its name, and calling it.
+
+A reward function of your own is `reward.name=path/to/file.py:function`. It is called as
+`function(response, ground_truth, **columns)` with those of the row's columns that it names, or all
+if it takes `**row`; an argument called `response_length` gets the response's length in tokens. A
+*group reward*, whose first argument is called `responses`, gets all responses of a prompt (and the
+list of their lengths) and returns a list of scores. A score is a number; a dict with `score` and
+optionally `acc`, `pred` and further values; or a `reward.Score`.
+"""
+
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from reward import Score, Task, score_math, score_math_strict_box, score_math_verify
+
+BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
+            "math_verify": score_math_verify}
+
+
+def load_reward_function(name: str) -> Callable:
+    """The reward function called `name`. Raises ValueError if it cannot be loaded."""
+    if name == "math_verify":
+        score_math_verify(r"Answer: $\frac{5\pi}{2}$", r"2\pi")  # the first comparison takes 1 s
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path, _, function_name = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"reward.name: {name!r} is neither {', '.join(BUILT_IN)} nor "
+                         "path/to/file.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"reward.name: {name!r}: there is no file {Path(path).absolute()}")
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
+    sys.path.append(str(Path(path).resolve().parent))  # for imports from the file's own directory
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward.name: cannot import {path}: "
+                         f"{describe_error(error, module.__file__)}") from error
+    if not callable(function := getattr(module, function_name, None)):
+        raise ValueError(f"reward.name: {path} has no function {function_name!r}")
+    return function
+
+
+def is_group_reward(function: Callable) -> bool:
+    """Whether a reward function scores all responses of a prompt in one call."""
+    return next(iter(inspect.signature(function).parameters), "") == "responses"
+
+
+def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0) -> dict:
+    """What `function` gets besides the response and the ground truth: columns of `row`, lengths.
+
+    Raises ValueError if it cannot be called so, above all if it names a column that `row` lacks.
+    """
+    signature = inspect.signature(function)
+    first_two = list(signature.parameters)[:2]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments = {name: value for name, value in row.items() if name not in first_two
+                 and (takes_all or name in signature.parameters)}
+    if "response_length" in signature.parameters:
+        arguments["response_length"] = length
+    try:
+        signature.bind("response", "ground_truth", **arguments)
+    except TypeError as error:
+        raise ValueError(
+            "reward.name: the reward function is called as function(response, ground_truth, "
+            f"**columns), and the data have the columns {', '.join(map(str, row))}: {error} (of "
+            f"{signature}); give the argument a default, or add the column to the data") from None
+    return arguments
+
+
+def score_task(function: Callable, task: Task) -> list[Score]:
+    """A score for each response of a prompt. Raises ValueError if the function fails, with the line
+    in the function's own file, or if it returns something else than scores."""
+    group = is_group_reward(function)
+    calls = list(zip(task.responses, task.lengths, strict=True))
+    values = []
+    for response, length in [(list(task.responses), list(task.lengths))] if group else calls:
+        arguments = keyword_arguments(function, task.row, length)
+        try:
+            values.append(function(response, task.ground_truth, **arguments))
+        except Exception as error:
+            own_file = getattr(sys.modules.get(function.__module__), "__file__", None)
+            raise ValueError("the reward function raised "
+                             f"{describe_error(error, own_file)}") from error
+    if group:
+        (values,) = values
+        if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or (
+                len(values) != len(calls)):
+            raise ValueError(f"the reward function returned {repr(values)[:60]}: as its first "
+                             f"argument is called `responses`, a list of {len(calls)} scores is "
+                             "expected")
+    elif lists := [value for value in values if isinstance(value, (list, tuple))]:
+        first_argument = next(iter(inspect.signature(function).parameters))
+        raise ValueError(f"the reward function returned a list, {repr(lists[0])[:60]}, for one "
+                         "response: if it scores all responses of a prompt at once, its first "
+                         f"argument must be called `responses`, not `{first_argument}`")
+    return [to_score(value) for value in values]
+
+
+def describe_error(error: BaseException, own_file: str | None) -> str:
+    """`KeyError: 'x' at mine.py:7`: the innermost line that lies in `own_file`, not in a library
+    that it calls, as that is the line which the author of the reward function can change."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == own_file]
+    where = f" at {Path(own_file).name}:{lines[-1]}" if lines else ""
+    return f"{type(error).__name__}: {str(error)[:300]}{where}"
+
+
+def to_score(value) -> Score:
+    """A number, a dict with `score`, or a `Score`, as a `Score` of plain numbers.
+
+    `acc` stays None if it is not stated: a positive score need not mean a right answer. Raises
+    ValueError for anything else, and for numbers that are not finite.
+    """
+    if isinstance(value, Score):
+        fields = {"score": value.score, "acc": value.acc, "pred": value.pred}
+        return replace(to_score(value.extra | fields), status=value.status, message=value.message)
+    try:
+        fields = dict(value) if isinstance(value, dict) else {"score": value}
+        score, acc, pred = (fields.pop(name, None) for name in ("score", "acc", "pred"))
+        score, acc = float(score), None if acc is None else float(acc)
+        extra = {str(name): float(number) if hasattr(number, "__float__") else str(number)
+                 for name, number in fields.items()}
+    except Exception:  # a tensor of several numbers raises an error of its own
+        raise ValueError(f"the reward function returned {repr(value)[:200]}: a number, a dict with "
+                         "`score`, or a Score is expected") from None
+    for name, number in {"score": score, "acc": acc, **extra}.items():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"the reward function returned {name}={number}")
+    return Score(acc, score, "" if pred is None else str(pred), extra)
