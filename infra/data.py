@@ -71,8 +71,8 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
             if not line:
                 return
             if len(line) > MAX_LINE:
-                raise ValueError(f"{location}: a line of more than {MAX_LINE // 2**20} MiB: a row a "
-                                 "line is expected; fix or delete it")
+                raise ValueError(f"{location}: a line of more than {MAX_LINE // 2**20} MiB: a row "
+                                 "a line is expected; fix or delete it")
             try:
                 text = line.decode("utf-8-sig")
                 row = json.loads(text) if text.strip() else None
@@ -297,8 +297,9 @@ def load_source(source: str, tokenizer, config: SimpleNamespace, max_prompts: in
     if changed := counts["another answer"]:
         log(f"{warning} {changed} rows repeat a prompt with another answer")
     if overlong and data.overlong_prompts == "truncate_left":
-        log(f"{warning} {overlong} prompts of more than {data.max_prompt_length} tokens were cut on "
-            "the left, and may have lost the question: raise data.max_prompt_length, or drop them")
+        log(f"{warning} {overlong} prompts of more than {data.max_prompt_length} tokens were cut "
+            "on the left, and may have lost the question: raise data.max_prompt_length, or drop "
+            "them")
     return prompts
 
 
