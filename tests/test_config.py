@@ -239,7 +239,7 @@ def test_the_paper_recipe_has_the_papers_values():
 
 
 def test_the_resolved_config_of_a_run_is_a_config_again(start):
-    run_dir = start("actor.lr=1e-5", "actor.clip_ratio_c=3")
+    run_dir = start("actor.lr=1e-5", "actor.clip_ratio_c=3", "total_training_steps=1", "val.file=")
     config = load_config(run_dir / "config.yaml")
     assert (config.actor.lr, config.actor.clip_ratio_c, config.rollout.n) == (1e-5, 3.0, 4)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["mixed_precision"] == "no"
