@@ -1,4 +1,4 @@
-"""config.py: one schema, typed, checked, with errors that propose the repair."""
+"""infra/config.py: one schema, typed and checked, with errors that propose the repair."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 import infra.config as config_module
-from infra.config import load_config, read_rules, read_yaml
+from infra.config import (
+    config_diff,
+    embedded_task_warning,
+    flatten,
+    load_config,
+    read_command_line,
+    read_rules,
+    read_yaml,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +40,10 @@ ROOT = Path(__file__).parent.parent
     (["data.gen_batch_size=often"], "'often' is not one of auto . int >= 1"),
     (["data.answer_regex=("], "data.answer_regex '\\(' is no regular expression"),
     (["data.answer_regex=#"], "data.answer_regex '#' has no group"),
+    (["data.train_file="], "data.train_file names no file"),
+    (["reward.weights=1,2"], "reward.weights='1,2': a number for each of the 1 of reward.name"),
+    (["reward.weights=x"], "reward.weights='x'"),
+    (["data.train_weights=1"], "unknown config key data.train_weights"),
     (["data.prompt_template=hello"], "data.prompt_template has no {prompt}"),
     (["actor.clip_ratio_c=0.9"], "actor.clip_ratio_c=0.9 must be above 1"),
 ])
@@ -60,20 +72,38 @@ def test_a_missing_config_is_one_line():
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ("  max_prompt_length: 64 ", "  # max_prompt_length: 64 ", "key data.max_prompt_length is not there: put its line back"),
-    ("lr: 0.0002 ", "lr: fast ", "actor.lr: 'fast' is not of type float > 0"),
-    ("clip_ratio_high: 0.28", "clip_ratio_hgh: 0.28", "unknown key actor.clip_ratio_hgh, which no code reads: did you mean clip_ratio_high"),
-    ("seed: 0  ", "sed: 0\nseed: 0  ", "key sed lacks the comment that gives its .type.: did you mean seed"),
-])
-def test_a_mistake_in_config_yaml_itself_is_found(tmp_path, monkeypatch, old, new, message):
-    """It is the file that everyone edits."""
-    for path in ROOT.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text().replace(old, new))
-    monkeypatch.setattr(config_module, "SCHEMA", tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match=message):
-        load_config(tmp_path / "config.yaml")
+@pytest.fixture
+def edit_schema(tmp_path, monkeypatch):
+    """`edit_schema(old, new)`: config.yaml with `old` replaced is the schema; returns its path."""
+    def edit_schema(old, new):
+        text = (ROOT / "config.yaml").read_text()
+        assert old in text
+        (tmp_path / "config.yaml").write_text(text.replace(old, new))
+        monkeypatch.setattr(config_module, "SCHEMA", tmp_path / "config.yaml")
+        return tmp_path / "config.yaml"
+    return edit_schema
+
+
+@pytest.mark.parametrize("line", ["  lr_min: 0.1", "  lr_min: 0.1  # float", "  lr_min: 0.1  # the least"])
+def test_a_new_key_without_its_type_is_one_line_that_shows_how(edit_schema, line):
+    path = edit_schema("  lr_warmup_steps:", f"{line}\n  lr_warmup_steps:")
+    with pytest.raises(ValueError, match=r"^key actor.lr_min in config.yaml needs a comment with its \[type\], for "
+                                         r"example `# \[float >= 0\] what it does` .*$"):
+        load_config(path)
+
+
+def test_a_new_key_with_its_type_needs_nothing_else(edit_schema):
+    path = edit_schema("  lr_warmup_steps:", "  lr_min: 0.1  # [float >= 0] the least\n  lr_warmup_steps:")
+    assert load_config(path).actor.lr_min == 0.1
+    assert load_config(path, ["actor.lr_min=0"]).actor.lr_min == 0
+    with pytest.raises(ValueError, match="actor.lr_min: '-1' is not of type float >= 0"):
+        load_config(path, ["actor.lr_min=-1"])
+
+
+def test_a_default_of_another_type_is_named(edit_schema):
+    path = edit_schema("lr: 0.0002 ", "lr: fast ")
+    with pytest.raises(ValueError, match="config.yaml: config key actor.lr: 'fast' is not of type float > 0"):
+        load_config(path)
 
 
 def test_a_section_without_keys_changes_nothing(tmp_path):
@@ -91,15 +121,103 @@ def test_the_command_line_comes_last_and_a_recipe_lists_only_what_differs(tmp_pa
     assert (config.seed, config.actor.lr, config.actor.clip_ratio_high) == (2, 3e-5, 0.28)
 
 
-def test_every_key_has_a_type_and_a_comment_and_is_read():
-    rules = read_rules()
-    assert rules.keys() == read_yaml(ROOT / "config.yaml").keys()
+def test_every_key_has_a_type_and_a_comment():
+    assert read_rules().keys() == read_yaml(ROOT / "config.yaml").keys()
     for line in (ROOT / "config.yaml").read_text().splitlines():
         if "# [" in line:
-            assert re.search(r"\]\*? \S", line), f"no explanation: {line}"
-    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    assert all(f".{key.rpartition('.')[2]}" in code for key in rules)
+            assert re.search(r"\]\*?!? \S", line), f"no explanation: {line}"
 
+
+def code_of(*patterns):
+    return "".join(path.read_text() for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def test_every_key_is_read_by_some_code():
+    code = code_of("*.py", "infra/*.py")
+    unread = [key for key in read_rules() if not re.search(rf"\.{key.rpartition('.')[2]}\b", code)]
+    assert not unread
+
+
+def test_every_key_that_the_code_reads_is_in_config_yaml():
+    """Only the published files: a forker's own scripts may have a `config` of another kind."""
+    rules = read_rules()
+    sections = {key.partition(".")[0] for key in rules if "." in key}
+    files = [f"{name}.py" for name in ("train_dapo", "sampling", "rollout", "reward", "losses", "evaluate", "plot")]
+    read = re.findall(r"\bconfig\.(\w+)(?:\.(\w+))?", code_of(*files, "infra/*.py"))
+    keys = {f"{section}.{key}" for section, key in read if section in sections and key}
+    assert len(keys) > 20 and not keys - rules.keys()
+
+
+# ---- the embedded task's values meet nothing else unnoticed ----
+
+MARKED = {key for key, rule in read_rules().items() if rule.embedded_only}
+
+
+def warned(capsys, monkeypatch, *argv, training=True):
+    """The warnings of a start with this command line."""
+    monkeypatch.setattr("sys.argv", ["train_dapo.py", "--config", *map(str, argv)])
+    read_command_line("", training)
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def test_the_keys_that_suit_the_embedded_task_only_are_these():
+    assert sorted(MARKED) == [
+        "actor.lr", "actor.ppo_mini_batch_size", "data.max_prompt_length", "data.max_response_length", "data.train_file",
+        "model.path", "overlong_buffer.len", "val.file"]
+    assert all(read_rules()[key].paper for key in MARKED)
+
+
+def test_signs_and_the_papers_value_are_read_from_the_comment():
+    rules = read_rules()
+    assert rules["actor.lr"] == ("float > 0", False, True, "1e-6")
+    assert rules["val.file"] == ("str", True, True, "AIME 2024")
+    assert rules["model.path"].paper == "Qwen/Qwen2.5-32B"  # on the next line of the comment
+    assert rules["actor.ppo_mini_batch_size"].paper == "512" and rules["data.max_prompt_length"].paper == "2048"
+    assert rules["seed"] == ("int >= 0", False, False, None)
+
+
+@pytest.mark.parametrize("override, kept, set_already", [
+    ("model.path=elsewhere", ["actor.lr=0.0002 (paper: 1e-6)", "data.train_file=toy/train.jsonl"], "model.path="),
+    ("data.train_file=mine.jsonl", ["val.file=toy/val.jsonl (paper: AIME 2024)", "model.path=toy/base"],
+     "data.train_file="),
+])
+def test_another_model_or_other_data_with_the_toys_values_is_one_warning(capsys, monkeypatch, override, kept, set_already):
+    warning = warned(capsys, monkeypatch, "config.yaml", override)
+    key = override.partition("=")[0]
+    assert warning.startswith(f"warning: {key} is not the embedded task's, but these keys still have its values: ")
+    assert warning.endswith(": set them\n") and warning.count("\n") == 1
+    assert all(text in warning for text in kept) and set_already not in warning
+
+
+def test_what_the_readme_asks_of_a_recipe_leaves_the_toys_lr_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("model:\n  path: elsewhere\ndata:\n  train_file: mine.jsonl\n  max_prompt_length: 512\n"
+                                        "  max_response_length: 512\nval:\n  file: val.jsonl\n")
+    mini = load_config("config.yaml").actor.ppo_mini_batch_size
+    warning = warned(capsys, monkeypatch, tmp_path / "mine.yaml", "overlong_buffer.len=128")
+    assert warning == ("warning: model.path and data.train_file are not the embedded task's, but these keys still have its "
+                       f"values: actor.ppo_mini_batch_size={mini} (paper: 512), actor.lr=0.0002 (paper: 1e-6): set them\n")
+    same = ["overlong_buffer.len=128", f"actor.ppo_mini_batch_size={mini}", "actor.lr=0.0002"]  # meant so
+    assert warned(capsys, monkeypatch, tmp_path / "mine.yaml", *same) == ""
+
+
+def test_neither_the_embedded_task_nor_an_evaluation_nor_other_ranks_warn(capsys, monkeypatch):
+    assert warned(capsys, monkeypatch, "config.yaml", "seed=1", "model.path=toy/base") == ""
+    assert warned(capsys, monkeypatch, "config.yaml", "model.path=runs/toy/model", training=False) == ""
+    monkeypatch.setenv("RANK", "1")
+    assert warned(capsys, monkeypatch, "config.yaml", "model.path=elsewhere") == ""
+    monkeypatch.setenv("RANK", "0")
+    assert warned(capsys, monkeypatch, "config.yaml", "model.path=elsewhere") != ""
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*qwen*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_sets_all_that_suits_the_embedded_task_only(recipe):
+    assert read_yaml(recipe).keys() >= MARKED
+    assert embedded_task_warning(recipe) == ""
+
+
+# ---- recipes ----
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*qwen*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_is_legal(recipe):
@@ -121,7 +239,15 @@ def test_the_paper_recipe_has_the_papers_values():
 
 
 def test_the_resolved_config_of_a_run_is_a_config_again(start):
-    run_dir = start("actor.lr=1e-5", "actor.clip_ratio_c=3")
+    run_dir = start("actor.lr=1e-5", "actor.clip_ratio_c=3", "total_training_steps=1", "val.file=")
     config = load_config(run_dir / "config.yaml")
     assert (config.actor.lr, config.actor.clip_ratio_c, config.rollout.n) == (1e-5, 3.0, 4)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["mixed_precision"] == "no"
+
+
+def test_what_may_differ_when_a_run_resumes_is_no_difference():
+    earlier = flatten(load_config("config.yaml", ["actor.lr=1e-5", "save_every=3"]))
+    assert config_diff(earlier, load_config("config.yaml", ["actor.lr=1e-6", "save_every=4"])) == [
+        "actor.lr: 1e-05 -> 1e-06"]
+    del earlier["actor.lr"], earlier["seed"]  # of a version without these keys: they had their defaults
+    assert config_diff(earlier | {"gone": 1}, load_config("config.yaml", ["seed=1"])) == ["gone: 1 -> None", "seed: 0 -> 1"]

@@ -1,8 +1,11 @@
-"""toy.py: the task is what it says it is, and the code still makes a base model as good as the committed one."""
+"""toy/make_toy.py: the task is as described, and the code still makes what the repository holds."""
 
 import json
 import random
 import re
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import toy.make_toy as toy
 from reward import score_math
-from rollout import generate
+from rollout import SamplingParams, transformers_engine
 
 ROOT = Path(__file__).parent.parent
 ROWS = [json.loads(line) for name in ("train", "val") for line in (ROOT / f"toy/{name}.jsonl").read_text().splitlines()]
@@ -37,14 +40,14 @@ def test_validation_problems_are_held_out():
 def test_worked_answers_are_right_step_by_step():
     rng = random.Random(0)
     for _ in range(200):
-        prompt, response = toy.make_demonstration(rng, worked=1.0, slips=0.0, rambling=0.0)
+        prompt, response = toy.make_demonstration(rng, worked_rate=1.0, error_rate=0.0, filler_rate=0.0)
         assert score_math(response, solve(prompt)).acc == 1
         assert all(str(eval(step[0]) % 10) == step[1] for step in re.findall(r"[a-j](\d[-+*]\d)=(\d)", response))
 
 
-def test_the_shares_of_demonstrations_are_those_asked_for():
+def test_the_rates_of_demonstrations_are_those_asked_for():
     rng = random.Random(0)
-    texts = [toy.make_demonstration(rng, worked=0.2, slips=0.0, rambling=0.3)[1] for _ in range(4000)]
+    texts = [toy.make_demonstration(rng, worked_rate=0.2, error_rate=0.0, filler_rate=0.3)[1] for _ in range(4000)]
     assert sum("=" in t for t in texts) / 4000 == pytest.approx(0.2, abs=0.03)
     assert sum("." in t for t in texts) / 4000 == pytest.approx(0.3, abs=0.03)
 
@@ -56,17 +59,19 @@ def test_the_tokenizer_round_trips_and_keeps_the_answer_in_one_token(tokenizer):
     assert tokenizer.decode(tokenizer.encode("é")) == toy.FILLER  # foreign text is no error
 
 
-def habits(model, tokenizer, problems=200):
+def measure_style(model, tokenizer, problems=200):
     """Accuracy of sampled responses, share that shows its work, accuracy of those."""
     rows = ROWS[5000:5000 + problems]
-    groups = generate(model, tokenizer, [tokenizer.encode(row["prompt"]) for row in rows], [(i,) for i in range(problems)], 4, 96, 1.0)
+    engine = transformers_engine(model, tokenizer, nullcontext, 1024, False)
+    groups = engine.generate([tokenizer.encode(row["prompt"]) for row in rows], [(i,) for i in range(problems)],
+                             SamplingParams(n=4, max_tokens=96))
     results = [("=" in r.text, score_math(r.text, row["answer"]).acc) for row, group in zip(rows, groups, strict=True) for r in group]
     worked = [acc for shows, acc in results if shows]
     return sum(acc for _, acc in results) / len(results), len(worked) / len(results), sum(worked) / len(worked)
 
 
 def check_base(model, tokenizer):
-    accuracy, share, worked = habits(model, tokenizer)
+    accuracy, share, worked = measure_style(model, tokenizer)
     assert accuracy < 0.40 and 0.08 < share < 0.35 and worked > 0.80
 
 
@@ -75,8 +80,23 @@ def test_the_committed_base_can_reason_but_seldom_does(model, tokenizer):
     assert (ROOT / "toy/base/model.safetensors").stat().st_size < 2_000_000
 
 
-def test_the_code_still_makes_an_equally_good_base(tokenizer):
-    model = toy.make_base_model(toy.make_tokenizer(), seed=0, mastery=0.95).eval()  # less than for the committed one: quicker
+def test_the_code_still_writes_the_committed_data_files(tmp_path):
+    seen = set()
+    toy.write_problems(tmp_path / "val.jsonl", "validation", 500, seen)
+    toy.write_problems(tmp_path / "train.jsonl", "train 0", 5000, seen)
+    for name in ("val.jsonl", "train.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "toy" / name).read_bytes()
+
+
+def test_the_code_still_makes_the_committed_tokenizer(tokenizer):
+    assert toy.make_tokenizer().backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+@pytest.mark.slow
+def test_the_script_writes_a_model_and_data_as_good_as_the_committed_ones(tokenizer, tmp_path):
+    subprocess.run([sys.executable, "toy/make_toy.py", "--out", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     check_base(model, tokenizer)
     committed = AutoModelForCausalLM.from_pretrained(ROOT / "toy/base")
     assert model.num_parameters() == committed.num_parameters()
+    assert (tmp_path / "train.jsonl").read_bytes() == (ROOT / "toy/train.jsonl").read_bytes()

@@ -1,26 +1,26 @@
-"""What runs with nothing at hand? The embedded task, its data files and its tiny base model.
+"""Makes the embedded task: its data files and its tiny base model.
 
 Clock arithmetic: a chain of operands, evaluated from left to right modulo 10. Every operand has a
-label, so that a worked answer can name the operand that each of its steps consumes:
+label, so that a worked answer can name the operand that each of its steps uses:
 
     prompt    a7 b*3 c+5?          7 * 3 = 21 -> 1,  1 + 5 = 6
     worked     b7*3=1 c1+5=6\\nAnswer: 6
-    blurted   \\nAnswer: 6
-    rambling  .........\\nAnswer: 6
+    bare      \\nAnswer: 6
+    padded    .........\\nAnswer: 6
 
-One forward pass of a tiny transformer is near chance beyond two operands, while each written step is
-a look-up in a small table. The base model is taught in two phases: the skill (most demonstrations are
-worked), until it can follow a worked answer through; then the habit (few are worked, some of those
-with a slip). So it *can* reason, but seldom does, which is what reinforcement learning then changes.
+One forward pass of a tiny transformer is near chance beyond two operands, while each written step
+is a look-up in a small table. The base model is trained on demonstrations in two phases: first
+reasoning (most demonstrations are worked), until it follows a worked answer through; then style
+(few are worked, some of those with errors). So it is able to reason, but seldom does, which
+reinforcement learning then changes.
 
-`python toy.py` writes what the repository holds in `toy/`: `base/` (a transformers model directory),
-`train.jsonl` and `val.jsonl`. The trainer reads them like any other model and any other data.
+`python toy/make_toy.py` writes what the repository holds in `toy/`: `base/` (a transformers model
+directory), `train.jsonl` and `val.jsonl`. They are read like any other model and any other data.
 """
 
 import argparse
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,18 +29,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from reward import Score, score_math
-
 LABELS = ["a", " b", " c", " d", " e", " f", " g", " h", " i", " j"]
 ANSWER, FILLER, EOS = "\nAnswer: ", ".", "<eos>"
 VOCABULARY = [EOS, *"0123456789+-*=?", FILLER, ANSWER, *LABELS]
 MIN_OPERANDS, MAX_OPERANDS = 2, len(LABELS)
-APPLY = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10, "*": lambda x, y: x * y % 10}
+APPLY = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10,
+         "*": lambda x, y: x * y % 10}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per digit, operator and label, one for the whole of `\\nAnswer: `; any other text is filler."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=FILLER))
+    """One token for each digit, operator and label, and for `\\nAnswer: `; other text is filler."""
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=FILLER))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\nAnswer: | [a-j]|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
@@ -52,7 +52,8 @@ def make_problem(rng: random.Random, operands: int) -> dict:
     prompt, steps = f"{LABELS[0]}{value}", []
     for label in LABELS[1:operands]:
         op = rng.choice("+-*")
-        operand = rng.choice([1, 2, 3, 4, 6, 7, 8, 9] if op == "*" else range(10))  # 0 and 5 erase the value
+        # times 0 or 5 would erase the value
+        operand = rng.choice([1, 2, 3, 4, 6, 7, 8, 9] if op == "*" else range(10))
         result = APPLY[op](value, operand)
         prompt += f"{label}{op}{operand}"
         steps.append(f"{label}{value}{op}{operand}={result}")
@@ -60,21 +61,26 @@ def make_problem(rng: random.Random, operands: int) -> dict:
     return {"prompt": prompt + "?", "answer": str(value), "level": operands, "steps": steps}
 
 
-def make_demonstration(rng: random.Random, worked: float, slips: float, rambling: float) -> tuple[str, str]:
-    """A prompt and a response to sft_step; `worked`, `slips` (of those) and `rambling` are shares."""
+def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float,
+                       filler_rate: float) -> tuple[str, str]:
+    """A prompt and a response to imitate.
+
+    The rates are shares: of worked responses, of errors among those, and of padded responses.
+    """
     problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
     answer, kind = problem["answer"], rng.random()
-    if kind < worked:
+    if kind < worked_rate:
         steps = problem["steps"]
-        if rng.random() < slips:  # a careless one skips a step, and guesses
+        if rng.random() < error_rate:  # leaves steps out, and guesses
             steps = steps[:rng.randrange(len(steps))]
             answer = str(rng.randint(0, 9))
         return problem["prompt"], "".join(steps) + ANSWER + answer
-    filler = FILLER * rng.randint(4, 88) if kind < worked + rambling else ""
+    filler = FILLER * rng.randint(4, 88) if kind < worked_rate + filler_rate else ""
     return problem["prompt"], filler + ANSWER + answer
 
 
-def make_batch(demonstrations: list[tuple[str, str]], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(demonstrations: list[tuple[str, str]],
+               tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (-100 on the prompt and the padding), both (B, T)."""
     prompts = [tokenizer.encode(prompt) for prompt, _ in demonstrations]
     texts = [tokenizer.encode(prompt + response + EOS) for prompt, response in demonstrations]
@@ -86,18 +92,25 @@ def make_batch(demonstrations: list[tuple[str, str]], tokenizer) -> tuple[torch.
 
 
 @torch.no_grad()
-def skill(model, tokenizer, problems: int = 200) -> float:
-    """Share of unseen worked answers that the model, once started on the first label, gets wholly right."""
+def reasoning_accuracy(model, tokenizer, problems: int = 200) -> float:
+    """The share of unseen worked answers that the model, given the first label, gets wholly right.
+
+    The first label is given because whether to show the work is style, not reasoning.
+    """
     rng = random.Random("skill")
-    ids, labels = make_batch([make_demonstration(rng, 1.0, 0.0, 0.0) for _ in range(problems)], tokenizer)
+    demonstrations = [make_demonstration(rng, 1.0, 0.0, 0.0) for _ in range(problems)]
+    ids, labels = make_batch(demonstrations, tokenizer)
     right = (model(ids).logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-    first = (labels[:, 1:] != -100).int().argmax(1, keepdim=True)  # whether to show work is habit, not skill
+    first = (labels[:, 1:] != -100).int().argmax(1, keepdim=True)
     return right.scatter(1, first, True).all(1).float().mean().item()
 
 
-def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mastery=0.97,
-                    max_steps=1500, habit_steps=100) -> LlamaForCausalLM:
-    """Teach the skill until `mastery`, then the habit. Raises RuntimeError where it is not reached."""
+def make_base_model(tokenizer, seed=0, worked_rate=0.2, error_rate=0.1, filler_rate=0.15,
+                    min_accuracy=0.97, max_steps=1500, style_steps=100) -> LlamaForCausalLM:
+    """A model trained on reasoning until `min_accuracy`, then on style with the given rates.
+
+    Raises RuntimeError if `min_accuracy` is not reached within `max_steps`.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -106,8 +119,8 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def sft_step(shares, lr):
-        ids, labels = make_batch([make_demonstration(rng, *shares) for _ in range(32)], tokenizer)
+    def sft_step(rates, lr):
+        ids, labels = make_batch([make_demonstration(rng, *rates) for _ in range(32)], tokenizer)
         loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,21 +128,16 @@ def make_base_model(tokenizer, seed=0, worked=0.2, slips=0.1, rambling=0.15, mas
         optimizer.step()
         optimizer.zero_grad()
 
-    for step in tqdm(range(max_steps), desc="teaching the skill"):
+    for step in tqdm(range(max_steps), desc="training on reasoning"):
         sft_step((0.9, 0.0, 0.05), 3e-3 * min(1, (step + 1) / 20))
-        if step % 25 == 24 and skill(model, tokenizer) >= mastery:
+        if step % 25 == 24 and reasoning_accuracy(model, tokenizer) >= min_accuracy:
             break
     else:
-        raise RuntimeError(f"skill {skill(model, tokenizer):.2f} after {max_steps} steps: try another seed")
-    for step in tqdm(range(habit_steps), desc="teaching the habit"):
-        sft_step((worked, slips, rambling), 1e-3 * (1 - step / habit_steps))
+        raise RuntimeError(f"reasoning accuracy {reasoning_accuracy(model, tokenizer):.2f} after "
+                           f"{max_steps} steps: try another seed")
+    for step in tqdm(range(style_steps), desc="training on style"):
+        sft_step((worked_rate, error_rate, filler_rate), 1e-3 * (1 - step / style_steps))
     return model
-
-
-def score(response: str, ground_truth: str, prompt: str = "", **row) -> Score:
-    """The verifier `toy`: `score_math`'s verdict, and which share of the task's steps the response writes down."""
-    steps = sum(prompt.count(label) for label in LABELS[1:])
-    return replace(score_math(response, ground_truth), columns={"work_shown": response.count("=") / max(steps, 1)})
 
 
 def write_problems(path: Path, seed: str, count: int, seen: set[str]) -> None:
@@ -137,24 +145,30 @@ def write_problems(path: Path, seed: str, count: int, seen: set[str]) -> None:
     rng = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(count):
-            while (problem := make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS)))["prompt"] in seen:
-                pass
+            problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
+            while problem["prompt"] in seen:
+                problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
             seen.add(problem["prompt"])
-            file.write(json.dumps({key: problem[key] for key in ("prompt", "answer", "level")}) + "\n")
+            del problem["steps"]
+            file.write(json.dumps(problem) + "\n")
 
 
 def main() -> None:
     """Write the base model and the data files."""
     parser = argparse.ArgumentParser(description="Make the embedded task: base model and problems.")
-    parser.add_argument("--out", type=Path, default=Path("toy"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worked", type=float, default=0.2, help="share of demonstrations that show their work")
-    parser.add_argument("--slips", type=float, default=0.1, help="share of the worked ones that give up half-way")
-    parser.add_argument("--rambling", type=float, default=0.15, help="share that pads with filler")
+    parser.add_argument("--worked-rate", type=float, default=0.2,
+                        help="share of demonstrations that show their work")
+    parser.add_argument("--error-rate", type=float, default=0.1,
+                        help="share of the worked ones that leave steps out and guess")
+    parser.add_argument("--filler-rate", type=float, default=0.15,
+                        help="share that pads with filler")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    model = make_base_model(tokenizer, args.seed, args.worked, args.slips, args.rambling)
+    model = make_base_model(tokenizer, args.seed, args.worked_rate, args.error_rate,
+                            args.filler_rate)
     model.save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     seen: set[str] = set()
