@@ -16,8 +16,6 @@ from torch import Tensor
 
 from rollout import Engine, Response, SamplingParams, make_responses, request_seed
 
-CPU_CACHE_BYTES = 2**29  # KV cache on a CPU, which has no GPU memory to take a share of
-
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                 stop_ids: list[int]) -> Engine:
@@ -60,7 +58,7 @@ def start_vllm(config: SimpleNamespace, accelerator: Accelerator):
     if accelerator.device.type == "cpu":  # where chunked prefill fails with seeds
         options = {"enforce_eager": True, "enable_chunked_prefill": False,
                    "max_num_batched_tokens": max(8192, max_len),
-                   "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+                   "kv_cache_memory_bytes": 2**29}
     else:
         options = {"enable_sleep_mode": True,
                    "gpu_memory_utilization": rollout.gpu_memory_utilization}
@@ -85,13 +83,13 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
     import vllm
     copies = params.n if params.temperature == 0 else 1  # greedy: vLLM only allows one sample
     samples = params.n // copies
-    requests = [vllm.SamplingParams(
-        **{**params._asdict(), "n": samples}, seed=request_seed(seed), logprobs=0,
-        stop_token_ids=stop_ids, detokenize=False,
-        output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY) for seed in seeds]
+    shared = {**params._asdict(), "n": samples, "logprobs": 0, "stop_token_ids": stop_ids,
+              "output_kind": vllm.sampling_params.RequestOutputKind.FINAL_ONLY}
+    requests = [vllm.SamplingParams(**shared, detokenize=False, seed=request_seed(seed))
+                for seed in seeds]
     results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests, use_tqdm=False)
-    rows = [read_output(output) for result in results for output in result.outputs]
-    flat = make_responses(tokenizer, rows)
+    outputs = [output for result in results for output in result.outputs]
+    flat = make_responses(tokenizer, [read_output(output) for output in outputs])
     return [flat[i:i + samples] * copies for i in range(0, len(flat), samples)]
 
 

@@ -235,7 +235,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
                                           {"weight_version": servers.version}))
     post("/shutdown_weight_transfer_engine", {})  # that of an earlier run
     source = Weights()
-    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1])
+    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
 
     def send(weights: Iterable[tuple[str, Tensor]]) -> None:

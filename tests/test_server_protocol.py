@@ -1,4 +1,4 @@
-"""Requests to servers that are slow, broken or gone. These are fakes; test_vllm_server.py has real ones."""
+"""Requests to slow, broken or absent servers: fakes here, real ones in test_vllm_server.py."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from infra.vllm_server import Servers, complete, healthy_servers, with_client
 
 @pytest.fixture
 def fake_server():
-    """`fake_server(answers)`: the URL of a server whose answers are `answers(path, body)`: status, JSON."""
+    """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON)."""
     running = []
 
     def start(answers):
@@ -53,12 +53,13 @@ def unused_url():
 
 
 def answer(path, body, reason="stop", tokens=1, seconds=0.0):
-    """The answer of a server with weights of version 1; its response is the prompt `tokens` times."""
+    """A server with weights of version 1 answers so; the response is the prompt `tokens` times."""
     if path != "/v1/completions":
         return 200, {"weight_version": "1", "success": True}
     time.sleep(seconds)
-    return 200, {"choices": [{"index": 0, "finish_reason": reason, "token_ids": body["prompt"] * tokens,
-                              "logprobs": {"token_logprobs": [-1.0] * tokens}}]}
+    ids, logprobs = body["prompt"] * tokens, [-1.0] * tokens
+    return 200, {"choices": [{"index": 0, "finish_reason": reason, "token_ids": ids,
+                              "logprobs": {"token_logprobs": logprobs}}]}
 
 
 def fail(path, body):
@@ -84,8 +85,8 @@ def generate(count, servers, concurrency=4):
 
 def test_if_no_server_answers_the_error_says_which_for_how_long_and_what_to_do():
     url, warnings = unused_url(), []
-    with pytest.raises(ConnectionError, match=f"^{url} does not answer .*rollout.server_timeout=0 s: "
-                       "restart it, then run the same command again$"):
+    with pytest.raises(ConnectionError, match=f"^{url} does not answer .*rollout.server_timeout=0"
+                       " s: restart it, then run the same command again$"):
         check(make_servers(url, warnings=warnings))
     assert len(warnings) == 1 and url in warnings[0]
 
@@ -96,8 +97,8 @@ def test_a_server_that_is_gone_is_reported_once_and_the_others_do_its_work(fake_
     for _ in range(2):
         assert generate(9, servers) == list(range(9))
     assert len(warnings) == 1 and gone in warnings[0]
-    with pytest.raises(ConnectionError, match=gone):  # a run starts with all of them: a URL may be misspelt
-        check(servers, at_least=2)
+    with pytest.raises(ConnectionError, match=gone):
+        check(servers, at_least=2)  # as a run starts: a URL may be misspelt
 
 
 def test_a_request_that_fails_goes_to_another_server(fake_server):
@@ -116,7 +117,8 @@ def test_an_aborted_response_is_requested_again(fake_server):
 
 def test_a_response_cut_before_the_limit_is_an_error(fake_server):
     generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=5))))
-    with pytest.raises(ValueError, match="cut a response after 4 tokens, not 5: its --max-model-len"):
+    message = "cut a response after 4 tokens, not 5: its --max-model-len"
+    with pytest.raises(ValueError, match=message):
         generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=4))))
 
 
@@ -134,7 +136,8 @@ def test_the_responses_of_a_group_come_in_their_order(fake_server):
             choice = reply["choices"][0]
             reply["choices"] = [{**choice, "index": i, "token_ids": [i]} for i in (2, 0, 1)]
         return status, reply
-    servers, bodies = make_servers(fake_server(reversed_choices)), [{"prompt": [7], "max_tokens": 5}]
+    servers = make_servers(fake_server(reversed_choices))
+    bodies = [{"prompt": [7], "max_tokens": 5}]
     with tqdm(disable=True) as bar:
         (rows,) = asyncio.run(with_client(complete, servers, bodies, 1, bar))
     assert [ids.tolist() for ids, _, _ in rows] == [[0], [1], [2]]
@@ -221,7 +224,8 @@ def test_a_run_without_its_servers_ends_with_one_line(start):
     (["rollout.server_urls="], "wants http://host:port of each server"),
     (["rollout.server_urls=localhost:8000"], "wants http://host:port of each server"),
     (["rollout.server_urls=http://a:1/"], "wants http://host:port of each server"),
-    (["rollout.server_urls=http://a:1", "rollout.tensor_parallel_size=2"], "--tensor-parallel-size")])
+    (["rollout.server_urls=http://a:1", "rollout.tensor_parallel_size=2"],
+     "--tensor-parallel-size")])
 def test_server_settings_that_contradict_each_other_are_an_error(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config("config.yaml", ["rollout.mode=server", *overrides])

@@ -49,8 +49,8 @@ def test_a_first_sync_that_does_nothing_is_an_error(vllm_state, engine, tmp_path
     add_noise(state.policy, 0)
     sync_weights(state)  # the engine keeps these weights
     broken = replace(engine, sync=lambda weights: None)
-    with pytest.raises(SystemExit, match="step 0.* log-probs of sampler and trainer differ by .* the "
-                       "engine does not have"):
+    message = "step 0.* log-probs of sampler and trainer differ by .* the engine does not have"
+    with pytest.raises(SystemExit, match=message):
         train_here(broken, tmp_path / "broken", *COMMON)
 
 
@@ -61,7 +61,8 @@ def test_a_sync_that_is_left_out_in_training_is_an_error(engine, tmp_path):
         calls.append(1)
         if len(calls) == 1:
             engine.sync(weights)
-    with pytest.raises(SystemExit, match="step [2345].* log-probs of sampler and trainer differ by"):
+    message = "step [2345].* log-probs of sampler and trainer differ by"
+    with pytest.raises(SystemExit, match=message):
         train_here(replace(engine, sync=sync_once), tmp_path / "run", *COMMON, "actor.lr=1e-3",
                    "total_training_steps=5")
 
@@ -95,8 +96,9 @@ def test_logprobs_are_those_after_temperature_and_top_p(vllm_state):
     state, prompts = vllm_state
     groups = generate(state, prompts[:8], temperature=0.7, top_p=0.7)
     for ids, group in zip(prompts, groups, strict=False):
+        tokens = torch.tensor([ids], device=state.policy.device)
         with torch.no_grad():
-            logits = state.policy(torch.tensor([ids], device=state.policy.device)).logits[:, -1].cpu()
+            logits = state.policy(tokens).logits[:, -1].cpu()
         expected = {}
         for uniform in torch.linspace(0, 0.999, 200):
             token, logprob = sample_tokens(logits, uniform[None], 0.7, 0.7)
@@ -119,12 +121,13 @@ def test_evaluate_generates_with_the_model_that_it_is_given(vllm_state, engine, 
 
 
 def without_times(row):
-    return {name: value for name, value in row.items() if "time" not in name and "per_s" not in name}
+    return {name: row[name] for name in row if "time" not in name and "per_s" not in name}
 
 
 def test_processes_and_restarts_change_nothing(alone, tmp_path):
-    train_in_two_processes(tmp_path / "two", *COMMON, "rollout.backend=vllm", "total_training_steps=1")
-    two = train_in_two_processes(tmp_path / "two", *COMMON, "rollout.backend=vllm")  # resumes
+    common = [*COMMON, "rollout.backend=vllm"]
+    train_in_two_processes(tmp_path / "two", *common, "total_training_steps=1")
+    two = train_in_two_processes(tmp_path / "two", *common, "total_training_steps=2")  # resumes
     for step in (1, 2):
         assert read_rollouts(alone, step) == read_rollouts(tmp_path / "two", step)
     one = read_metrics(alone)[:2]
@@ -133,9 +136,9 @@ def test_processes_and_restarts_change_nothing(alone, tmp_path):
 
 
 def test_two_processes_can_share_an_engine(alone, tmp_path):
-    """Tensor parallelism: half of each layer in each, the same responses up to rounding, counted once."""
-    for leftover in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):  # of an earlier run: vLLM's CPU build
-        leftover.unlink()                                       # does not start beside them
+    """Tensor parallelism: half of each layer in each; the same responses up to rounding, once."""
+    for file in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):
+        file.unlink()  # vLLM's CPU build leaves these, and does not start if they exist
     one = read_metrics(alone)[0]
     (two,) = train_in_two_processes(tmp_path / "two", *COMMON, "rollout.backend=vllm",
                                     "total_training_steps=1", "rollout.tensor_parallel_size=2")
@@ -145,7 +148,7 @@ def test_two_processes_can_share_an_engine(alone, tmp_path):
 
 
 def test_the_embedded_default_trains_through_vllm(engine, tmp_path):
-    metrics = train_here(engine, tmp_path / "run", "total_training_steps=10", "val.every=10",
+    metrics = train_here(engine, tmp_path / "run", "total_training_steps=8", "val.every=8",
                          "actor.ppo_mini_batch_size=32")
     assert metrics[0]["val/val/avg@4"] < 0.4 and metrics[-1]["val/val/avg@4"] >= 0.85
     assert all(row["actor/mismatch_abs"] < 1e-4 for row in metrics[1:])

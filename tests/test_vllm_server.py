@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM servers: the responses of the in-process engine, and runs whose servers die."""
+"""Rollouts by real vLLM servers: the in-process engine's responses; runs whose servers die."""
 
 import json
 import os
@@ -47,9 +47,10 @@ SERVED = ["rollout.mode=server", f"rollout.server_urls={','.join(URLS)}"]
 
 def serve(port, plugins):
     """Start a server by the documented command, as the documentation adapts it to a CPU."""
-    texts = [file.read_text() for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
     pattern = r"^VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$"
-    (model, options), *_ = re.findall(pattern, "\n".join(texts), re.MULTILINE)
+    (model, options), *_ = re.findall(pattern, text, re.MULTILINE)
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
                    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
                    "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
@@ -57,8 +58,9 @@ def serve(port, plugins):
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     return subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port",
-         str(port), *shlex.split(options), "--no-enable-chunked-prefill"], cwd=ROOT, env=environment,
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+         str(port), *shlex.split(options), "--no-enable-chunked-prefill"], cwd=ROOT,
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
 
 
 def kill(server):
@@ -98,12 +100,13 @@ def servers(plugins):
     wait_until(lambda: all(map(healthy, URLS)))
     yield running
     for server in running.values():
-        kill(server)
+        if server.poll() is None:
+            kill(server)
 
 
 @pytest.fixture
 def served(request, servers, tmp_path, monkeypatch):
-    """A state whose engine is both servers, and prompts. `nccl` goes over TCP, since there is no GPU."""
+    """A state whose engine is both servers, and prompts. Without GPUs `nccl` goes over TCP."""
     transfer = getattr(request, "param", "auto")
     if transfer == "nccl":
         from vllm.distributed.weight_transfer import nccl_engine
@@ -177,8 +180,8 @@ def test_two_processes_and_two_servers_do_what_one_process_does(servers, alone, 
 
 
 def test_a_run_survives_its_servers(servers, plugins, alone, tmp_path):
-    """One server dies, and the other takes over. It dies too, and the run ends. The same command waits for
-    a server, resumes, and the responses are those of a run that nothing happened to."""
+    """One server dies, and the other takes over. It dies too, and the run ends. The same command
+    waits for a server, resumes, and all responses are those of an undisturbed run."""
     run_dir, steps = tmp_path / "run", f"total_training_steps={STEPS}"
     trainer = launch(run_dir, *COMMON, *SERVED, steps, "rollout.server_timeout=3")
     for url, count in zip(URLS, (2, 4), strict=True):
@@ -188,14 +191,14 @@ def test_a_run_survives_its_servers(servers, plugins, alone, tmp_path):
     assert trainer.returncode == 1 and count_steps(run_dir) < STEPS
     for url in URLS:
         assert f"warning: {url} does not answer" in output
-    assert re.search(r"error: .*does not answer \(.*\), for rollout.server_timeout=3 s: restart it, "
-                     "then run the same command again", output)
+    assert re.search(r"error: .*does not answer \(.*\), for rollout.server_timeout=3 s: "
+                     "restart it, then run the same command again", output)
     assert "train_dapo.py\", line" not in output  # no traceback of ours
     newest = max((run_dir / "checkpoints").iterdir())
     progress = json.loads((newest / "progress.json").read_text())
     assert progress["counters"]["step"] == count_steps(run_dir)
 
-    trainer = launch(run_dir, *COMMON, "rollout.mode=server", f"rollout.server_urls={URLS[0]}", steps)
+    trainer = launch(run_dir, *COMMON, *SERVED, steps, f"rollout.server_urls={URLS[0]}")
     wait_until(lambda: "warning" in trainer.stdout.readline())
     servers[URLS[0]] = serve(PORTS[0], plugins)
     output, _ = trainer.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""What test_vllm.py and test_vllm_server.py share: one engine, and one run, for all of their tests."""
+"""What test_vllm.py and test_vllm_server.py share: one engine and one run for all tests."""
 
 import json
 import subprocess
@@ -64,9 +64,9 @@ def using(engine, *argv):
 
 
 def train_here(engine, run_dir, *overrides):
-    """Train in this process, with an engine that runs already. Returns the rows of metrics.jsonl."""
-    arguments = ["--config", "config.yaml", f"run_dir={run_dir}", "rollout.backend=vllm", *overrides]
-    with using(engine, "train_dapo.py", *arguments):
+    """Train in this process, with `engine`. Returns the rows of metrics.jsonl."""
+    arguments = ["--config", "config.yaml", f"run_dir={run_dir}", "rollout.backend=vllm"]
+    with using(engine, "train_dapo.py", *arguments, *overrides):
         train_dapo.main()
     return read_metrics(run_dir)
 
@@ -133,7 +133,7 @@ def add_noise(policy, seed):
 
 
 def largest_difference(state, prompts):
-    """Between the engine's log-probs and those of the policy, over responses that the engine samples."""
+    """Between the engine's log-probs and the policy's, over responses that the engine samples."""
     texts, responses = [], []
     for ids, group in zip(prompts, generate(state, prompts), strict=True):
         responses += [(len(ids), response.logprobs) for response in group]
