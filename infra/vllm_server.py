@@ -1,8 +1,9 @@
-"""How do vLLM servers write responses? By requests to servers that somebody else started, and that may fail.
+"""vLLM servers outside the trainer, which may fail and restart: an `Engine` over HTTP.
 
-New weights reach a server by vLLM's weight transfer, from GPU to GPU (`nccl`), or from a directory that it sees under
-the same name (`disk`). Servers keep the version of their weights, so that one that was started anew is found out
-before it writes: it gets the weights again (`disk`), or ends the run (`nccl`).
+After each update the servers get the new weights: from GPU to GPU by vLLM's weight transfer
+(`nccl`), or from a directory that they see under the same path (`disk`). Each set of weights has a
+version. A server that restarts has lost it, so before it generates it reads the weights again
+(`disk`), or ends the run (`nccl`).
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import shutil
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -27,34 +28,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from infra.checkpoint import replace_dir, raise_on_all_ranks
-from rollout import Engine, Response, make_responses, request_seed
+from infra.distributed import raise_on_all_ranks
+from rollout import Engine, Response, SamplingParams, make_responses, request_seed
 
 
 @dataclass
 class Servers:
-    """`urls`; `timeout`, seconds to wait while none answers; `version` of the weights that they should have, "" for
-    any; `mend(client, url)`, for one that has another; `warn(message)`; `silent`, those that did not answer last."""
+    """The servers of a run, as this process sees them."""
     urls: list[str]
-    timeout: float
-    mend: Callable[[httpx2.AsyncClient, str], Awaitable]
+    timeout: float                 # seconds to wait while too few of them answer
+    weights_dir: Path | None       # where they read weights; None: weights arrive by nccl
     warn: Callable[[str], None]
-    version: str = ""
-    silent: set[str] = field(default_factory=set)
+    version: str = ""              # of the weights that they must have; "" accepts any
+    unreachable: set[str] = field(default_factory=set)  # URLs that failed the last check
 
 
 def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
                   shapes: dict[str, tuple[int, ...]]) -> Engine:
-    """Running servers, as an `Engine`. `shapes`: those of the policy's weights, by name. Raises OSError, ValueError."""
-    rollout, folder = config.rollout, Path(config.run_dir).resolve() / "server_weights"
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else getattr(torch, config.model.dtype)
-    nccl = rollout.weight_transfer == "nccl" or (
-        rollout.weight_transfer == "auto" and accelerator.device.type == "cuda" and find_spec("vllm") is not None)
+    """An `Engine` backed by the servers at `rollout.server_urls`, all of which must answer now.
+
+    `shapes` are those of the policy's weights, by name. Raises OSError if a server or the weight
+    transfer fails, ValueError if a server rejects a request.
+    """
+    rollout = config.rollout
+    dtype = getattr(torch, "bfloat16" if config.mixed_precision == "bf16" else config.model.dtype)
+    can_nccl = accelerator.device.type == "cuda" and find_spec("vllm") is not None
+    nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
+    weights_dir = Path(config.run_dir).resolve() / "server_weights"
     urls = rollout.server_urls.split(",")
-    first = accelerator.process_index % len(urls)  # each process begins with another
-    servers = Servers(urls[first:] + urls[:first], rollout.server_timeout, refuse if nccl else partial(load, folder),
-                      tqdm.write if accelerator.is_main_process else lambda message: None)
-    run, syncs = broadcast_object_list([str(time.time_ns())])[0], 0
+    first = accelerator.process_index % len(urls)  # each process prefers another server
+    servers = Servers(urls[first:] + urls[:first], rollout.server_timeout,
+                      weights_dir=None if nccl else weights_dir,
+                      warn=tqdm.write if accelerator.is_main_process else lambda message: None)
 
     def wait_for_servers(at_least: int) -> None:
         with raise_on_all_ranks(accelerator, "rollout.server_urls"):
@@ -62,143 +67,144 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
                 asyncio.run(with_client(healthy_servers, servers, at_least))
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
-        nonlocal syncs
-        if nccl:  # one that is missing would have the others wait for ever
+        if nccl:  # all servers must take part in a transfer
             wait_for_servers(at_least=len(urls))
-        syncs += 1
-        servers.version = f"{run}-{syncs}"
+        servers.version = broadcast_object_list([str(time.time_ns())])[0]
         weights = ((name, weight.to(dtype)) for name, weight in weights)
-        with raise_on_all_ranks(accelerator, f"cannot hand on the weights by {'nccl' if nccl else folder}"):
+        doing = f"cannot send the weights by {'nccl' if nccl else weights_dir}"
+        with raise_on_all_ranks(accelerator, doing):
             try:
-                send(weights)
+                if accelerator.is_main_process:
+                    send(weights)
             finally:
-                deque(weights, maxlen=0)  # the other processes gather all of them, whatever happens here
+                deque(weights, maxlen=0)  # all ranks gather each weight, even if nothing is sent
         wait_for_servers(at_least=1)
+
     wait_for_servers(at_least=len(urls))
+    send = partial(save_weights, weights_dir)
     with raise_on_all_ranks(accelerator, "rollout.weight_transfer"):
-        send = nccl_sender(servers, accelerator, shapes, dtype) if nccl else partial(save, folder, accelerator)
-
-    def close() -> None:
-        for path in (folder, aside(folder)):
-            shutil.rmtree(path, ignore_errors=True)
-    return Engine(partial(write_responses, servers, tokenizer, stop_ids, rollout.max_num_seqs), sync,
-                  rest=lambda: None, close=close, apart=True)
+        if nccl and accelerator.is_main_process:
+            send = nccl_sender(servers, shapes, dtype)
+    generate = partial(generate_on_servers, servers, tokenizer, stop_ids, rollout.max_num_seqs)
+    return Engine(generate, sync, sleep=lambda: None, has_own_weights=True,
+                  close=partial(shutil.rmtree, weights_dir, ignore_errors=True))
 
 
-# ---- requests -------------------------------------------------------------------------------------------
-
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [  # a machine that is gone does not say so
-    (socket.IPPROTO_TCP, getattr(socket, name), seconds) for name, seconds in
-    (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name)]
-
-
-async def with_client(function: Callable, *arguments):
-    """`function(client, *arguments)`."""
-    transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None), trust_env=False,
-                                          socket_options=KEEPALIVE)
-    async with httpx2.AsyncClient(timeout=httpx2.Timeout(None, connect=10), transport=transport) as client:
-        return await function(client, *arguments)
+SOCKET_OPTIONS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # notice a machine that disappeared
+for _name, _seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+    if hasattr(socket, _name):  # they differ between operating systems
+        SOCKET_OPTIONS.append((socket.IPPROTO_TCP, getattr(socket, _name), _seconds))
 
 
-async def ask(client: httpx2.AsyncClient, url: str, path: str, body: dict | None = None) -> dict:
-    """A server's answer to a GET, or to a POST where there is a body. Raises ConnectionError where it cannot answer,
-    ValueError where it does not want to."""
-    try:  # a POST takes as long as it takes; but what only asks is answered at once
-        answer = await (client.get(url + path, timeout=30) if body is None else client.post(url + path, json=body))
+class ServerError(ConnectionError):
+    """A server answers, but failed to do what it was asked for."""
+
+
+async def with_client(function: Callable, *args):
+    """The result of `function(client, *args)`."""
+    transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None),
+                                          trust_env=False, socket_options=SOCKET_OPTIONS)
+    async with httpx2.AsyncClient(transport=transport) as client:
+        return await function(client, *args)
+
+
+async def request(client: httpx2.AsyncClient, url: str, path: str,
+                  body: dict | None = None) -> dict:
+    """A server's answer to a POST of `body`, or to a GET if there is none.
+
+    Raises ConnectionError if it does not answer, ServerError if it fails, ValueError if it refuses.
+    """
+    method, seconds = ("GET", 30) if body is None else ("POST", None)  # a POST may take hours
+    timeout = httpx2.Timeout(seconds, connect=10)
+    try:
+        answer = await client.request(method, url + path, json=body, timeout=timeout)
     except httpx2.TransportError as error:
-        raise ConnectionError(f"{url} does not answer ({str(error) or type(error).__name__})") from error
+        reason = str(error) or type(error).__name__
+        raise ConnectionError(f"{url} does not answer ({reason})") from error
     if answer.is_success:
         return answer.json() if answer.content else {}
-    said = f"{url}{path}: {answer.status_code}, {' '.join(answer.text.split())[:300]}"
+    message = f"{url}{path}: {answer.status_code}, {' '.join(answer.text.split())[:300]}"
+    if answer.is_server_error:
+        raise ServerError(message)
     if answer.status_code == 404:
-        raise ValueError(f"{said}: is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?")
-    raise ConnectionError(said) if answer.is_server_error else ValueError(said)
+        message += ": is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?"
+    raise ValueError(message)
 
 
-def request_all(servers: Servers, path: str, bodies: list[dict | None]) -> list[dict]:
-    """Every server's answer, to a body each; all at the same time."""
-    async def asked(client: httpx2.AsyncClient) -> list[dict]:
-        return await asyncio.gather(*(ask(client, url, path, body)
-                                      for url, body in zip(servers.urls, bodies, strict=True)))
-    return asyncio.run(with_client(asked))
+def request_all(servers: Servers, path: str, bodies: Sequence[dict | None]) -> list[dict]:
+    """Each server's answer to its body, requested at the same time. Raises like `request`."""
+    async def gather(client: httpx2.AsyncClient) -> list[dict]:
+        pairs = zip(servers.urls, bodies, strict=True)
+        return await asyncio.gather(*(request(client, url, path, body) for url, body in pairs))
+    return asyncio.run(with_client(gather))
 
 
-async def healthy_servers(client: httpx2.AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
-    """The servers that answer, all of them with the right weights. Waits for `at_least` so many.
+async def healthy_servers(client: httpx2.AsyncClient, servers: Servers,
+                          at_least: int = 1) -> list[str]:
+    """URLs of the servers that answer and have the right weights; waits for `at_least` of them.
 
-    Raises ConnectionError where `servers.timeout` is over before, and ValueError.
+    Raises ConnectionError after `servers.timeout` seconds, ValueError if a server cannot be used.
     """
-    async def look(url: str) -> None:
-        version = (await ask(client, url, "/weight_info"))["weight_version"]
-        if servers.version not in ("", version):
-            await servers.mend(client, url)
-            if not (await ask(client, url, "/reset_prefix_cache", {}))["success"]:
-                raise ConnectionError(f"{url} did not empty its prefix cache")
-            await ask(client, url, "/update_weight_version", {"new_version": servers.version})
-
     start = time.monotonic()
     while True:
-        results = dict(zip(servers.urls, await asyncio.gather(*map(look, servers.urls), return_exceptions=True),
-                           strict=True))
-        silent = {url: error for url, error in results.items() if isinstance(error, ConnectionError)}
-        for url, error in results.items():
-            if error and url not in silent:
+        checks = [check_weights(client, servers, url) for url in servers.urls]
+        results = await asyncio.gather(*checks, return_exceptions=True)
+        errors = {url: error for url, error in zip(servers.urls, results, strict=True) if error}
+        for url, error in errors.items():
+            if not isinstance(error, ConnectionError):
                 raise error
-            if error and url not in servers.silent:
+            if url not in servers.unreachable:
                 servers.warn(f"warning: {error}")
-        servers.silent = set(silent)
-        if len(servers.urls) - len(silent) >= at_least:
-            return [url for url in servers.urls if url not in silent]
+        servers.unreachable = set(errors)
+        if len(servers.urls) - len(errors) >= at_least:
+            return [url for url in servers.urls if url not in errors]
         if time.monotonic() - start > servers.timeout:
-            raise ConnectionError(f"{next(iter(silent.values()))}, for rollout.server_timeout={servers.timeout} s; "
-                                  "start it again, and then this run")
+            error = next(iter(errors.values()))
+            raise ConnectionError(f"{error}, for rollout.server_timeout={servers.timeout} s: "
+                                  "restart it, then run the same command again")
         await asyncio.sleep(1)
 
 
-# ---- weights --------------------------------------------------------------------------------------------
-
-def save(folder: Path, accelerator: Accelerator, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Write the weights where servers are to read them. Tied ones under each of their names, as vLLM wants them."""
-    whole = {}
-    for name, weight in weights:
-        if accelerator.is_main_process:
-            whole[name] = weight.to("cpu", copy=True)
-    if accelerator.is_main_process:
-        aside(folder).mkdir(parents=True, exist_ok=True)
-        save_file(whole, aside(folder) / "model.safetensors", metadata={"format": "pt"})
-        replace_dir(aside(folder), folder)
-
-
-def aside(folder: Path) -> Path:
-    """Where it is written until it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
-async def load(folder: Path, client: httpx2.AsyncClient, url: str) -> None:
-    """Have a server read them. One that fails in that does not live on."""
+async def check_weights(client: httpx2.AsyncClient, servers: Servers, url: str) -> None:
+    """Make a server read the current weights if it has others. Raises like `request`."""
+    version = (await request(client, url, "/weight_info"))["weight_version"]
+    if servers.version in ("", version):
+        return
+    if not servers.weights_dir:
+        raise ValueError(f"{url} was restarted, and cannot rejoin a run with "
+                         "rollout.weight_transfer=nccl: run the same command again")
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(servers.weights_dir)}}
     try:
-        await ask(client, url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-    except ConnectionError as error:
-        if error.__cause__:  # it did not answer
-            raise
-        raise ValueError(f"{error}: does it see {folder}, and is it of the same model?") from error
+        await request(client, url, "/collective_rpc", reload)
+    except ServerError as error:  # vLLM does not survive a failed reload: no use in another try
+        raise ValueError(f"{error}: does the server see {servers.weights_dir}, and does it run the "
+                         "same model?") from error
+    if not (await request(client, url, "/reset_prefix_cache", {}))["success"]:
+        raise ServerError(f"{url} did not empty its prefix cache")
+    await request(client, url, "/update_weight_version", {"new_version": servers.version})
 
 
-async def refuse(client: httpx2.AsyncClient, url: str) -> None:
-    """With nccl: a new process has no place in the group that weights are sent to. Raises ValueError."""
-    raise ValueError(f"{url} was started anew, and cannot join in again: start this run anew too")
+def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace `folder/model.safetensors` by the weights. Raises OSError.
+
+    A tied weight is written under each of its names, as vLLM expects.
+    """
+    copies = {name: weight.to("cpu", copy=True) for name, weight in weights}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(copies, folder / "model.partial", metadata={"format": "pt"})
+    (folder / "model.partial").replace(folder / "model.safetensors")  # atomic
 
 
-def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tuple[int, ...]],
+def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
                 dtype: torch.dtype) -> Callable[[Iterable], None]:
-    """What sends weights to all servers at once, from this process's GPU; vLLM's own machinery, on both sides."""
+    """A function that sends weights from this GPU to all servers, by vLLM's weight transfer."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
     from vllm.utils.network_utils import get_ip, get_open_port
 
     class Weights(WeightSource):
-        """The policy's, as vLLM asks for them: what is to come, and then one after the other."""
+        """The policy's weights: vLLM asks for all names, types and shapes, then for the values."""
         values: Iterable[tuple[str, Tensor]] = ()
 
         def metadata(self):
@@ -207,116 +213,130 @@ def nccl_sender(servers: Servers, accelerator: Accelerator, shapes: dict[str, tu
         def __iter__(self):
             return iter(self.values)
 
-    def to_all(path: str, body: dict) -> list[dict]:
+    def post(path: str, body: dict) -> list[dict]:
         return request_all(servers, path, [body] * len(servers.urls))
 
-    def invite(info: dict) -> None:
+    def init_servers(info: dict) -> None:
+        bodies = [{"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]
         try:
-            request_all(servers, "/init_weight_transfer_engine", [
-                {"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]])
-        except (OSError, ValueError) as error:  # which is heard of only when the trainer has waited for minutes
-            servers.warn(f"warning: {error} (a server wants --weight-transfer-config '{{\"backend\": \"nccl\"}}')")
+            request_all(servers, "/init_weight_transfer_engine", bodies)
+        except (OSError, ValueError) as error:  # said now, since vLLM waits for minutes to raise it
+            servers.warn(f"warning: {error} (a server needs --weight-transfer-config "
+                         "'{\"backend\": \"nccl\"}')")
             raise
 
-    sizes = [answer["world_size"] for answer in request_all(servers, "/get_world_size", [None] * len(servers.urls))]
-    first_ranks = list(accumulate(sizes, initial=1))  # the trainer is rank 0
+    sizes = request_all(servers, "/get_world_size", [None] * len(servers.urls))
+    first_ranks = list(accumulate((size["world_size"] for size in sizes), initial=1))  # 0: trainer
     client = SimpleNamespace(
-        init_weight_transfer_engine=invite,
-        start_weight_update=lambda: to_all("/start_weight_update", {}),
-        update_weights=lambda info: to_all("/update_weights", {"update_info": info}),
-        finish_weight_update=lambda: to_all("/finish_weight_update", {"weight_version": servers.version}))
-    if accelerator.is_main_process:
-        to_all("/shutdown_weight_transfer_engine", {})  # an earlier run's
+        init_weight_transfer_engine=init_servers,
+        start_weight_update=lambda: post("/start_weight_update", {}),
+        update_weights=lambda info: post("/update_weights", {"update_info": info}),
+        finish_weight_update=lambda: post("/finish_weight_update",
+                                          {"weight_version": servers.version}))
+    post("/shutdown_weight_transfer_engine", {})  # that of an earlier run
     source = Weights()
-    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=accelerator.process_index)
+    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
 
     def send(weights: Iterable[tuple[str, Tensor]]) -> None:
         source.values = weights
-        torch.accelerator.synchronize()  # vLLM reads them on streams of its own
+        torch.accelerator.synchronize()  # vLLM reads the weights on its own CUDA streams
         engine.send_weights()
-        if accelerator.is_main_process and not all(answer["success"] for answer in to_all("/reset_prefix_cache", {})):
+        if not all(answer["success"] for answer in post("/reset_prefix_cache", {})):
             raise ConnectionError("a server did not empty its prefix cache")
     return send
 
 
-# ---- responses ------------------------------------------------------------------------------------------
+# Without these a server takes its defaults from the model's generation config.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+           "frequency_penalty": 0.0}
 
-NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
+def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_num_seqs: int,
+                        prompts: Sequence[list[int]], seeds: Sequence[tuple[int, ...]],
+                        params: SamplingParams, progress: str = "") -> list[list[Response]]:
+    """`params.n` responses to each prompt, `max_num_seqs` of them requested at a time.
 
-def write_responses(servers: Servers, tokenizer, stop_ids: list[int], max_num_seqs: int, prompts, seeds, n: int,
-                    max_tokens: int, temperature: float, top_p: float, progress: str = "") -> list[list[Response]]:
-    """`n` responses to each prompt, `max_num_seqs` of them asked for at a time. Raises ConnectionError, ValueError."""
-    copies = n if temperature == 0 else 1  # greedy ones are all the same, and vLLM wants to write but one
-    settings = {"n": n // copies, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "logprobs": 0,
-                "return_token_ids": True, "stop_token_ids": stop_ids, **NO_DEFAULTS}
-    bodies = [{"prompt": [int(token) for token in ids], "seed": request_seed(seed), **settings}
+    Raises ConnectionError if no server answers, ValueError if one rejects a request.
+    """
+    copies = params.n if params.temperature == 0 else 1  # greedy: vLLM only allows one sample
+    samples = params.n // copies
+    shared = {**params._asdict(), **NEUTRAL, "n": samples, "logprobs": 0, "return_token_ids": True,
+              "stop_token_ids": stop_ids}
+    bodies = [{"prompt": [int(token) for token in ids], "seed": request_seed(seed), **shared}
               for ids, seed in zip(prompts, seeds, strict=True)]
+    concurrency = max(1, max_num_seqs // params.n)
     with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
-        answers = asyncio.run(with_client(complete, servers, bodies, max(1, max_num_seqs // n), bar))
-    groups = [[read_choice(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
-              for answer in answers]
-    responses = iter(make_responses(tokenizer, [row for group in groups for row in group]))
-    return [[next(responses) for _ in group] * copies for group in groups]
+        rows = asyncio.run(with_client(complete, servers, bodies, concurrency, bar))
+    flat = make_responses(tokenizer, [row for group in rows for row in group])
+    return [flat[i:i + samples] * copies for i in range(0, len(flat), samples)]
 
 
-async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict], at_a_time: int,
-                   bar: tqdm) -> list[dict]:
-    """The answer to each body, from whichever server had least to do; and from another where that one fails."""
-    live, busy, used, named = await healthy_servers(client, servers), Counter(), set(), set()
-    gate, looking = asyncio.Semaphore(at_a_time), asyncio.Lock()
+async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict],
+                   concurrency: int, bar: tqdm) -> list[list[tuple[np.ndarray, np.ndarray, bool]]]:
+    """For each body the rows of `read_choices`, with `concurrency` requests in progress.
 
-    async def one(body: dict) -> dict:
-        failures, lost = Counter(), 0.0
+    A request goes to the least loaded server, and if that fails to another. Raises ConnectionError
+    if all fail for `servers.timeout` seconds, ValueError if one refuses or got other weights.
+    """
+    healthy, load = await healthy_servers(client, servers), Counter()  # URLs; requests by URL
+    used, warned = set(), set()
+    semaphore, checking = asyncio.Semaphore(concurrency), asyncio.Lock()
+
+    async def complete_one(body: dict) -> list:
+        failures = Counter()  # by URL
         while True:
-            url = min(live, key=lambda url: (failures[url], busy[url]))
-            busy[url] += 1
+            url = min(healthy, key=lambda url: (failures[url], load[url]))
+            load[url] += 1
             try:
-                answer = await ask(client, url, "/v1/completions", body)
-                check_ends(url, answer, body)
+                answer = await request(client, url, "/v1/completions", body)
+                rows = read_choices(url, answer, body["max_tokens"])
                 used.add(url)
-                return answer
+                return rows
             except ConnectionError as error:
-                if lost > servers.timeout:
+                if failures.total() > servers.timeout:  # a failure takes at least a second
                     raise
-                if not error.__cause__ and url not in named:  # it answers, but not this
-                    named.add(url)
+                if isinstance(error, ServerError) and url not in warned:
+                    warned.add(url)
                     servers.warn(f"warning: {error}")
                 failures[url] += 1
-                start = time.monotonic()
                 await asyncio.sleep(1)
-                async with looking:
-                    live[:] = await healthy_servers(client, servers)
-                lost += time.monotonic() - start
+                async with checking:
+                    healthy[:] = await healthy_servers(client, servers)
             finally:
-                busy[url] -= 1
+                load[url] -= 1
 
-    async def in_turn(body: dict) -> dict:
-        async with gate:
-            answer = await one(body)
+    async def in_turn(body: dict) -> list:
+        async with semaphore:
+            rows = await complete_one(body)
         bar.update()
-        return answer
-    answers = await asyncio.gather(*map(in_turn, bodies))
-    for url in used & set(live):
-        if (version := (await ask(client, url, "/weight_info"))["weight_version"]) != servers.version:
-            raise ValueError(f"{url} was given other weights ({version}) in between: a server serves one run at a time")
-    return answers
+        return rows
+
+    results = await asyncio.gather(*map(in_turn, bodies))
+    for url in used.intersection(healthy):
+        version = (await request(client, url, "/weight_info"))["weight_version"]
+        if version != servers.version:
+            raise ValueError(f"{url} got other weights ({version}) while it generated: a server "
+                             "serves one run at a time")
+    return results
 
 
-def check_ends(url: str, answer: dict, body: dict) -> None:
-    """Raise ConnectionError where a response was broken off, ValueError where it was cut before `max_tokens`."""
-    for choice in answer.get("choices", []):
-        if choice.get("token_ids") is None:
-            raise ValueError(f"{url} does not return token ids: it is no vLLM, or an old one")
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ConnectionError(f"{url} broke a response off ({choice['finish_reason']})")
-        if choice["finish_reason"] == "length" and len(choice["token_ids"]) < body["max_tokens"]:
-            raise ValueError(f"{url} cut a response after {len(choice['token_ids'])} tokens, not {body['max_tokens']}: "
-                             "its --max-model-len, or a default of its own, is too small")
+def read_choices(url: str, answer: dict,
+                 max_tokens: int) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    """For each response: token ids (T,) int32, log-probs (T,) float32, whether it ends in an EOS.
 
-
-def read_choice(choice: dict) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Token ids, their log-probs, and whether it ended by itself, of a response as vLLM's server has it."""
-    return (np.array(choice["token_ids"], dtype=np.int32),
-            np.array(choice["logprobs"]["token_logprobs"], dtype=np.float32), choice["finish_reason"] == "stop")
+    Raises ServerError if a response was aborted, ValueError if it was cut before `max_tokens`.
+    """
+    rows = []
+    for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
+        ids, reason = choice.get("token_ids"), choice["finish_reason"]
+        if ids is None:
+            raise ValueError(f"{url} returns no token ids: use the vLLM of requirements-vllm.txt")
+        if reason not in ("stop", "length"):
+            raise ServerError(f"{url} aborted a response ({reason})")
+        if reason == "length" and len(ids) < max_tokens:
+            raise ValueError(f"{url} cut a response after {len(ids)} tokens, not {max_tokens}: its "
+                             "--max-model-len, or a default of its own, is too small")
+        logprobs = np.array(choice["logprobs"]["token_logprobs"], dtype=np.float32)
+        rows.append((np.array(ids, dtype=np.int32), logprobs, reason == "stop"))
+    return rows

@@ -1,4 +1,7 @@
-"""For vLLM on a CPU: its weight transfer `nccl` with TCP in place of NCCL; all else is vLLM's own. A plugin of the servers that test_vllm_server.py starts, and called there for the trainer's side."""
+"""vLLM's weight transfer `nccl` on a CPU: TCP in place of NCCL, all else is vLLM's own.
+
+A plugin of the servers that test_vllm_server.py starts; that file installs it for the trainer too.
+"""
 
 import torch
 
@@ -16,7 +19,8 @@ def install(setattr=setattr):
     from vllm.distributed.weight_transfer import nccl_common
 
     def connect(host, port, rank, world_size, device):
-        return Group(StatelessProcessGroup.create(host=host, port=port, rank=rank, world_size=world_size))
+        group = StatelessProcessGroup.create(host=host, port=port, rank=rank, world_size=world_size)
+        return Group(group)
     setattr(nccl_common, "stateless_init_process_group", connect)
     setattr(torch.accelerator, "current_device_index", lambda: 0)
     setattr(torch.accelerator, "synchronize", lambda: None)

@@ -1,4 +1,4 @@
-"""What becomes of requests when servers are slow, broken or gone. The servers are stand-ins; real ones are in test_vllm_server.py."""
+"""Requests to slow, broken or absent servers: fakes here, real ones in test_vllm_server.py."""
 
 import asyncio
 import json
@@ -12,30 +12,32 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from infra.vllm_server import Servers, healthy_servers, complete, load, with_client
+from infra.config import load_config
+from infra.vllm_server import Servers, complete, healthy_servers, with_client
 
 
 @pytest.fixture
-def stand_in():
-    """`stand_in(answers)`: the address of a server that answers as `answers(path, body)` says, with (status, JSON)."""
+def fake_server():
+    """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON)."""
     running = []
 
     def start(answers):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 length = int(self.headers.get("Content-Length", 0))
-                status, answer = answers(self.path, json.loads(self.rfile.read(length)) if length else None)
-                body = json.dumps(answer).encode()
+                body = json.loads(self.rfile.read(length)) if length else None
+                status, answer = answers(self.path, body)
+                content = json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(content)
             do_POST = do_GET
 
             def log_message(self, *_):
                 pass
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         running.append(server)
         return f"http://127.0.0.1:{server.server_port}"
     yield start
@@ -44,139 +46,186 @@ def stand_in():
         server.server_close()
 
 
-def well(path, body, seconds=0.0):
-    if path == "/v1/completions":
-        time.sleep(seconds)
-    return 200, {"weight_version": "1", "success": True, "echo": body}
-
-
-def broken(path, body):
-    return (500, {"error": "out of luck"}) if path == "/v1/completions" else well(path, body)
-
-
-def ended(reason, tokens, path, body):
-    if path == "/v1/completions":
-        return 200, {"choices": [{"finish_reason": reason, "token_ids": [1] * tokens}], "echo": body}
-    return well(path, body)
-
-
-def servers(*urls, timeout=0, warnings=None, mend=None):
-    return Servers(list(urls), timeout, mend, (warnings if warnings is not None else []).append, version="1")
-
-
-def nobody():
+def unused_url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def ask_for(count, where, at_a_time=4):
+def answer(path, body, reason="stop", tokens=1, seconds=0.0):
+    """A server with weights of version 1 answers so; the response is the prompt `tokens` times."""
+    if path != "/v1/completions":
+        return 200, {"weight_version": "1", "success": True}
+    time.sleep(seconds)
+    ids, logprobs = body["prompt"] * tokens, [-1.0] * tokens
+    return 200, {"choices": [{"index": 0, "finish_reason": reason, "token_ids": ids,
+                              "logprobs": {"token_logprobs": logprobs}}]}
+
+
+def fail(path, body):
+    return (500, {"error": "out of luck"}) if path == "/v1/completions" else answer(path, body)
+
+
+def make_servers(*urls, timeout=0, warnings=None, weights_dir=None):
+    warn = print if warnings is None else warnings.append
+    return Servers(list(urls), timeout, weights_dir, warn, version="1")
+
+
+def check(servers, at_least=1):
+    return asyncio.run(with_client(healthy_servers, servers, at_least))
+
+
+def generate(count, servers, concurrency=4):
+    """The first tokens of the responses to the prompts [0], [1], ..."""
+    bodies = [{"prompt": [i], "max_tokens": 5} for i in range(count)]
     with tqdm(total=count, disable=True) as bar:
-        return asyncio.run(with_client(complete, where, [{"number": i, "max_tokens": 5} for i in range(count)], at_a_time, bar))
+        results = asyncio.run(with_client(complete, servers, bodies, concurrency, bar))
+    return [rows[0][0][0] for rows in results]
 
 
-def test_when_none_answers_the_error_says_who_for_how_long_and_what_to_do():
-    gone, warnings = nobody(), []
-    with pytest.raises(ConnectionError, match=f"^{gone} does not answer .*rollout.server_timeout=0 s; start it again, and then this run$"):
-        asyncio.run(with_client(healthy_servers, servers(gone, warnings=warnings)))
-    assert len(warnings) == 1 and gone in warnings[0]
+def test_if_no_server_answers_the_error_says_which_for_how_long_and_what_to_do():
+    url, warnings = unused_url(), []
+    with pytest.raises(ConnectionError, match=f"^{url} does not answer .*rollout.server_timeout=0"
+                       " s: restart it, then run the same command again$"):
+        check(make_servers(url, warnings=warnings))
+    assert len(warnings) == 1 and url in warnings[0]
 
 
-def test_one_that_is_gone_is_named_once_and_the_others_do_its_work(stand_in):
-    warnings = []
-    where = servers(gone := nobody(), stand_in(well), warnings=warnings)
+def test_a_server_that_is_gone_is_reported_once_and_the_others_do_its_work(fake_server):
+    warnings, gone = [], unused_url()
+    servers = make_servers(gone, fake_server(answer), warnings=warnings)
     for _ in range(2):
-        assert [answer["echo"]["number"] for answer in ask_for(9, where)] == list(range(9))
+        assert generate(9, servers) == list(range(9))
     assert len(warnings) == 1 and gone in warnings[0]
-    with pytest.raises(ConnectionError, match=gone):  # at the start all have to be there: the address may be misspelt
-        asyncio.run(with_client(healthy_servers, where, 2))
+    with pytest.raises(ConnectionError, match=gone):
+        check(servers, at_least=2)  # as a run starts: a URL may be misspelt
 
 
-def test_what_one_fails_at_goes_to_another(stand_in):
-    good = stand_in(well)
-    answers = ask_for(3, servers(stand_in(broken), good, timeout=5), at_a_time=1)
-    assert [answer["echo"]["number"] for answer in answers] == [0, 1, 2]
+def test_a_request_that_fails_goes_to_another_server(fake_server):
+    servers = make_servers(fake_server(fail), fake_server(answer), timeout=5)
+    assert generate(2, servers, concurrency=1) == [0, 1]
 
 
-def test_a_response_that_a_server_broke_off_is_asked_for_again(stand_in):
-    """As vLLM answers when it is told to end, or another aborts its requests."""
+def test_an_aborted_response_is_requested_again(fake_server):
+    """As vLLM answers when it is told to end, or when another client aborts its requests."""
     warnings = []
-    answers = ask_for(2, servers(stand_in(partial(ended, "abort", 2)), stand_in(partial(ended, "stop", 2)), timeout=5, warnings=warnings), at_a_time=1)
-    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "stop"]
-    assert len(warnings) == 1 and "broke a response off" in warnings[0]
+    aborts = fake_server(partial(answer, reason="abort"))
+    servers = make_servers(aborts, fake_server(answer), timeout=5, warnings=warnings)
+    assert generate(2, servers, concurrency=1) == [0, 1]
+    assert warnings == [f"warning: {aborts} aborted a response (abort)"]
 
 
-def test_a_response_cut_before_the_limit_is_an_error(stand_in):
-    ask_for(1, servers(stand_in(partial(ended, "length", 5))))
-    with pytest.raises(ValueError, match="cut a response after 4 tokens, not 5: its --max-model-len"):
-        ask_for(1, servers(stand_in(partial(ended, "length", 4))))
-    with pytest.raises(ValueError, match="does not return token ids"):
-        ask_for(1, servers(stand_in(lambda path, body: (200, {"weight_version": "1", "choices": [{"finish_reason": "stop"}]}))))
+def test_a_response_cut_before_the_limit_is_an_error(fake_server):
+    generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=5))))
+    message = "cut a response after 4 tokens, not 5: its --max-model-len"
+    with pytest.raises(ValueError, match=message):
+        generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=4))))
 
 
-def test_a_server_that_another_run_gives_weights_to_is_an_error(stand_in):
+def test_an_answer_without_token_ids_is_an_error(fake_server):
+    def other(path, body):
+        return 200, {"weight_version": "1", "choices": [{"index": 0, "finish_reason": "stop"}]}
+    with pytest.raises(ValueError, match="returns no token ids"):
+        generate(1, make_servers(fake_server(other)))
+
+
+def test_the_responses_of_a_group_come_in_their_order(fake_server):
+    def reversed_choices(path, body):
+        status, reply = answer(path, body)
+        if path == "/v1/completions":
+            choice = reply["choices"][0]
+            reply["choices"] = [{**choice, "index": i, "token_ids": [i]} for i in (2, 0, 1)]
+        return status, reply
+    servers = make_servers(fake_server(reversed_choices))
+    bodies = [{"prompt": [7], "max_tokens": 5}]
+    with tqdm(disable=True) as bar:
+        (rows,) = asyncio.run(with_client(complete, servers, bodies, 1, bar))
+    assert [ids.tolist() for ids, _, _ in rows] == [[0], [1], [2]]
+
+
+def test_a_server_that_another_run_sends_weights_to_is_an_error(fake_server):
     version = ["1"]
 
     def shared(path, body):
+        status, reply = answer(path, body)
         if path == "/v1/completions":
             version[0] = "another's"
-        return 200, {"weight_version": version[0], "success": True}
-    with pytest.raises(ValueError, match="was given other weights .* one run at a time"):
-        ask_for(1, servers(stand_in(shared)))
+        return status, {**reply, "weight_version": version[0]}
+    with pytest.raises(ValueError, match="got other weights .* serves one run at a time"):
+        generate(1, make_servers(fake_server(shared)))
 
 
-def test_what_all_fail_at_ends_with_what_they_said(stand_in):
+@pytest.mark.slow
+def test_a_request_that_all_servers_fail_ends_with_their_message(fake_server):
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="/v1/completions: 500, .*out of luck"):
-        ask_for(3, servers(stand_in(broken), timeout=2))
+        generate(3, make_servers(fake_server(fail), timeout=2))
     assert 2 <= time.monotonic() - start < 10
 
 
-def test_who_has_least_to_do_gets_the_next(stand_in):
+def test_the_least_loaded_server_gets_the_next_request(fake_server):
     count = {"slow": 0, "quick": 0}
 
     def counting(name, seconds, path, body):
         count[name] += path == "/v1/completions"
-        return well(path, body, seconds)
-    ask_for(20, servers(stand_in(partial(counting, "slow", 0.5)), stand_in(partial(counting, "quick", 0.02))), at_a_time=2)
+        return answer(path, body, seconds=seconds)
+    slow = fake_server(partial(counting, "slow", 0.5))
+    quick = fake_server(partial(counting, "quick", 0.02))
+    generate(20, make_servers(slow, quick), concurrency=2)
     assert count["slow"] <= 4 and sum(count.values()) == 20
 
 
-def test_a_server_without_weight_requests_is_refused_with_a_hint(stand_in):
+def test_a_server_without_weight_requests_is_an_error_with_a_hint(fake_server):
     with pytest.raises(ValueError, match="/weight_info: 404, .*VLLM_SERVER_DEV_MODE=1"):
-        asyncio.run(with_client(healthy_servers, servers(stand_in(lambda path, body: (404, {})))))
+        check(make_servers(fake_server(lambda path, body: (404, {}))))
 
 
-def test_a_server_with_other_weights_gets_them_and_a_failure_says_where_they_are(stand_in):
-    asked, version = [], ["default"]
+def test_a_server_with_other_weights_reads_them_once(fake_server):
+    requests, version = [], ["default"]
 
-    def other(path, body):
-        asked.append(path)
+    def restarted(path, body):
+        requests.append((path, body))
         if path == "/update_weight_version":
             version[0] = body["new_version"]
         return 200, {"weight_version": version[0], "success": True}
-    where = servers(stand_in(other), mend=partial(load, Path("/somewhere")))
-    assert asyncio.run(with_client(healthy_servers, where)) == where.urls
-    asyncio.run(with_client(healthy_servers, where))  # now it has them
-    assert asked == ["/weight_info", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/weight_info"]
-    unable = stand_in(lambda path, body: (500, {"error": "no such file"}) if path == "/collective_rpc" else well(path, body))
-    where = servers(unable, mend=partial(load, Path("/somewhere")))
-    where.version = "2"
-    with pytest.raises(ValueError, match="no such file.*does it see /somewhere"):
-        asyncio.run(with_client(healthy_servers, where))
+    servers = make_servers(fake_server(restarted), weights_dir=Path("/somewhere"))
+    assert check(servers) == check(servers) == servers.urls
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": "/somewhere"}}
+    assert requests == [("/weight_info", None), ("/collective_rpc", reload),
+                        ("/reset_prefix_cache", {}),
+                        ("/update_weight_version", {"new_version": "1"}), ("/weight_info", None)]
+
+
+def test_a_server_that_cannot_read_the_weights_is_an_error_that_says_where_they_are(fake_server):
+    def unable(path, body):
+        return (500, {"error": "no such file"}) if path == "/collective_rpc" else answer(path, body)
+    servers = make_servers(fake_server(unable), weights_dir=Path("/somewhere"))
+    servers.version = "2"
+    with pytest.raises(ValueError, match="no such file.*does the server see /somewhere"):
+        check(servers)
+
+
+def test_a_restarted_server_ends_a_run_with_nccl(fake_server):
+    servers = make_servers(fake_server(answer))
+    servers.version = "2"
+    message = "was restarted, and cannot rejoin .*nccl: run the same command again"
+    with pytest.raises(ValueError, match=message):
+        check(servers)
 
 
 def test_a_run_without_its_servers_ends_with_one_line(start):
-    with pytest.raises(SystemExit, match=r"^error: rollout.server_urls: http://127.0.0.1:\d+ does not answer .*start it again"):
-        start("rollout.mode=server", f"rollout.server_urls={nobody()}", "rollout.server_timeout=0")
+    url = unused_url()
+    message = f"^error: rollout.server_urls: {url} does not answer .*restart it"
+    with pytest.raises(SystemExit, match=message):
+        start("rollout.mode=server", f"rollout.server_urls={url}", "rollout.server_timeout=0")
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["rollout.server_urls="], "wants http://host:port of each server"),
     (["rollout.server_urls=localhost:8000"], "wants http://host:port of each server"),
     (["rollout.server_urls=http://a:1/"], "wants http://host:port of each server"),
-    (["rollout.server_urls=http://a:1", "rollout.tensor_parallel_size=2"], "--tensor-parallel-size")])
-def test_settings_that_cannot_be_meant_are_refused(overrides, message):
-    from infra.config import load_config
+    (["rollout.server_urls=http://a:1", "rollout.tensor_parallel_size=2"],
+     "--tensor-parallel-size")])
+def test_server_settings_that_contradict_each_other_are_an_error(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config("config.yaml", ["rollout.mode=server", *overrides])

