@@ -121,11 +121,11 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     lengths = [len(response.token_ids) for response in responses]
     trained_lengths = [len(response.token_ids) for group in trained for response in group.responses]
     metrics = {
+        **mean_extra(scores),
         "reward/mean": mean(reward for group in generated for reward in group.final_rewards),
         "reward/score": mean(score.score for score in scores),
         "reward/timeouts": sum(score.status == "timeout" for score in scores),
         "reward/errors": sum(score.status == "error" for score in scores),
-        **mean_extra(scores),
         "groups/kept": len(kept) / len(generated),
         "groups/trained": len(trained),
         "responses/generated": len(responses),

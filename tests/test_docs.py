@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from infra.config import read_rules
-from reward import Task, load_reward_function, score_task
+from infra.reward_function import load_reward_function, score_task
+from reward import Task
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,11 +67,11 @@ def test_the_readmes_reward_functions_run(start, tmp_path):
     run_dir = start(*overrides, "total_training_steps=1", "filter_groups.metric=score")
     lines = (run_dir / "rollouts/step_00001.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    assert max(s["reward/score"] for s in samples) > 1.0  # times the level
-    assert len({s["reward/rank"] for s in samples}) > 2
+    assert max(s["reward/score/score"] for s in samples) > 1.0  # times the level
+    assert len({s["reward/rank/score"] for s in samples}) > 2
     assert max(s["reward/score/brevity"] for s in samples) <= 0.5  # from the length in tokens
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"reward/rank", "reward/score/brevity", "val/val/reward/rank"} <= last.keys()
+    assert {"reward/rank/score", "reward/score/brevity", "val/val/reward/rank/score"} <= last.keys()
 
 
 def test_verls_compute_score_fits_as_the_readme_says(tmp_path):
