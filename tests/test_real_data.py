@@ -86,7 +86,7 @@ def test_the_math_reward_on_a_random_model_skips_steps_and_says_why(start, tiny_
 
 
 def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k, tmp_path, capsys):
-    """AIME in verl's layout, in Parquet, each problem 32 times; mixed one to one with GSM8K; both validate."""
+    """AIME in verl's layout, in Parquet, each problem 32 times, with as much of GSM8K; both validate."""
     from datasets import Dataset
     (tmp_path / "length.py").write_text("def score(response, ground_truth, **row):\n"
                                         "    return {'score': len(response), 'is_aime': row.get('data_source') == 'aime'}\n")
@@ -94,8 +94,9 @@ def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k,
                         "reward_model": {"style": "rule", "ground_truth": row["answer"]}, "extra_info": {"index": i}}
                        for i, row in enumerate(map(json.loads, whole_rows("aime24.jsonl")))] * 32
                       ).to_parquet(tmp_path / "aime-2024.parquet")
-    aime = str(tmp_path / "aime-2024.parquet")
-    run_dir = start(*real(tiny_qwen, gsm8k, tmp_path, f"data.train_file={gsm8k},{aime}", "data.train_weights=1,1", "data.dedup=true",
+    aime, few = str(tmp_path / "aime-2024.parquet"), tmp_path / "gsm8k_few.jsonl"
+    few.write_text("\n".join(whole_rows("gsm8k_train.jsonl")[:30]), encoding="utf-8")
+    run_dir = start(*real(tiny_qwen, gsm8k, tmp_path, f"data.train_file={few},{aime}", "data.dedup=true",
                           r"data.answer_regex=([-\d,.]+)\s*$", f"val.file={DATA / 'gsm8k_test.jsonl'},{aime}", "val.max_prompts=3",
                           "data.max_prompt_length=900", f"reward.name={tmp_path / 'length.py'}:score", "save_rollouts=99",
                           "total_training_steps=1"), config=RECIPE)
