@@ -151,7 +151,7 @@ def is_informative(values: Sequence[float]) -> bool:
 
 
 def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
-    """The filter (equation 11): whether a group is trained, by the config's section of that name."""
+    """The filter (equation 11): whether a group is trained, by the config's `filter_groups`."""
     return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
 
 

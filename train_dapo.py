@@ -61,7 +61,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
             count = generation_batch_size(config, size - len(kept),
                                           counters["ema_groups_kept"] + len(kept),
                                           counters["ema_groups_generated"] + len(generated))
-            prompts = draw_prompts(data.train, position, count, config.seed)      # 2: sample a batch
+            prompts = draw_prompts(data.train, position, count, config.seed)     # 2: sample a batch
             positions = range(position, position + count)
             with timer("generate"):                                       # 4: n responses to each
                 responses = generate(state, prompts, positions, f"step {step}", params)

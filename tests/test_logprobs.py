@@ -1,4 +1,4 @@
-"""infra/logprobs.py: log-probs and entropies, the fused output head, the check of the weight sync."""
+"""infra/logprobs.py: log-probs and entropies, the fused head, the check of the weight sync."""
 
 import math
 from contextlib import contextmanager
@@ -141,10 +141,11 @@ def test_the_fused_heads_logits_are_never_whole(chunks_of):
                 if isinstance(tensor, torch.Tensor):
                     largest[0] = max(largest[0], tensor.untyped_storage().nbytes())
             return result
-    hidden, weight = torch.randn(500, 8).requires_grad_(), torch.randn(20_000, 8).requires_grad_()
+    hidden, weight = (torch.randn(rows, 8, requires_grad=True) for rows in (500, 20_000))
+    tokens = torch.zeros(500, dtype=torch.long)
     chunks_of(2**20)
     with Watch():
-        logprobs, entropy = fused_linear_logprobs(hidden, weight, torch.zeros(500, dtype=torch.long))
+        logprobs, entropy = fused_linear_logprobs(hidden, weight, tokens)
         (logprobs.sum() + entropy.sum()).backward()
     assert 0 < largest[0] < 8e6 and weight.grad.abs().max() > 0
 

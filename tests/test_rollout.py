@@ -23,11 +23,13 @@ def ids(groups):
 
 
 def test_the_same_seed_gives_the_same_tokens_another_seed_others(model, tokenizer):
-    assert ids(sample(model, tokenizer)) == ids(sample(model, tokenizer)) != ids(sample(model, tokenizer, seed=1))
+    first = ids(sample(model, tokenizer))
+    assert ids(sample(model, tokenizer)) == first != ids(sample(model, tokenizer, seed=1))
 
 
 def test_what_is_sampled_does_not_depend_on_batching(model, tokenizer):
-    assert ids(sample(model, tokenizer, max_num_seqs=4)) == ids(sample(model, tokenizer, max_num_seqs=512))
+    one_prompt_at_a_time = ids(sample(model, tokenizer, max_num_seqs=4))
+    assert ids(sample(model, tokenizer, max_num_seqs=512)) == one_prompt_at_a_time
 
 
 def test_responses_to_one_prompt_differ(model, tokenizer):
@@ -141,7 +143,8 @@ def test_inverse_transform_by_hand():
 
 def test_frequencies_meet_probabilities():
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().repeat(20_000, 1)
-    tokens, _ = sample_tokens(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), 1.0)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens, _ = sample_tokens(logits, uniforms, 1.0)
     assert (tokens.bincount() / 20_000).tolist() == pytest.approx([0.1, 0.2, 0.7], abs=0.012)
 
 

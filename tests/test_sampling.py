@@ -76,7 +76,8 @@ def test_a_generation_batch_is_of_the_size_that_is_set():
 @pytest.mark.parametrize("length, penalty", [(6, 0), (7, -0.5), (8, -1), (10, -2), (11, -2)])
 def test_a_reward_is_the_score_with_the_overlong_penalty(length, penalty):
     """The buffer starts at 10 - 4 = 6 tokens; the penalty is 2 at 10 tokens and beyond."""
-    responses, scores = [[make_response(3), make_response(length)]], [[make_score(1), make_score(0)]]
+    responses = [[make_response(3), make_response(length)]]
+    scores = [[make_score(1), make_score(0)]]
     config = settings(enable=True, penalty_factor=2.0)
     (group,) = make_groups(config, range(5, 6), PROMPTS[:1], responses, scores)
     assert group.rewards == group.final_rewards == [1, -1 + penalty]
@@ -148,8 +149,9 @@ def test_groups_that_are_all_correct_ask_for_harder_prompts():
 
 
 def test_groups_that_are_all_wrong_ask_for_easier_prompts():
-    assert ("0% all-correct, 100% all-wrong, 0% of responses without a parsed answer, 0% truncated: "
-            "use easier prompts, or raise") in message(ALL_WRONG, ALL_WRONG)
+    text = message(ALL_WRONG, ALL_WRONG)
+    assert "0% all-correct, 100% all-wrong, 0% of responses without a parsed answer" in text
+    assert "use easier prompts, or raise" in text
 
 
 def test_if_no_answer_is_parsed_the_form_of_the_answers_is_the_advice():
