@@ -28,7 +28,8 @@ class Stat(NamedTuple):
     """A statistic that a loss returns; it is logged as `actor/<name>` without further code.
 
     `values`: (B, T), or a shape that broadcasts to it. `reduce`: `mean`, `sum` or `max` over the
-    tokens of `mask` (None: the loss's mask), of all micro-batches and ranks of a rollout step.
+    tokens of `mask` within the loss's mask (None: all of those), of all micro-batches and ranks of
+    a rollout step. A scalar with `sum` is the micro-batch's part of the sum.
     """
     values: Tensor
     reduce: str = "mean"

@@ -165,9 +165,10 @@ def test_if_no_answer_is_parsed_the_form_of_the_answers_is_the_advice():
 def test_if_scores_differ_and_accuracy_does_not_the_message_says_so():
     shaped = [Score(1.0, 0.2, "1"), Score(1.0, 0.9, "1")]  # positive numbers are no accuracy
     text = message(shaped, shaped, ALL_RIGHT, kept=[[1.0, 0.0]])
-    assert "scores differ in 2 groups more, but accuracy does not" in text
+    assert "scores differ in 2 groups in which accuracy does not" in text
     assert "filter_groups.metric=score" in text and "`acc`" in text and "prompts," not in text
     assert "differ in" not in message(shaped, metric="score")
+    assert "differ in" not in message([1.0, 0.0])  # dropped by a filter of one's own
 
 
 def test_if_the_reward_states_no_accuracy_the_message_says_that_scores_are_compared():

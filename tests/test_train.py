@@ -289,6 +289,20 @@ def training_passes(state) -> list[bool]:
     return passes
 
 
+def test_an_update_makes_good_responses_likelier_and_bad_ones_less_likely(make_state, train_on):
+    state, prompts = make_state(*UNFILTERED, "actor.ppo_mini_batch_size=16", "actor.lr=1e-3")
+    samples = [replace(sample, in_loss=True, advantage=1.0 if i < 5 else -1.0)
+               for i, sample in enumerate(make_mini_batch(state, prompts))]
+
+    def total_logprobs() -> list[float]:
+        logprobs = [row.sum().item() for row in compute_logprobs(state, state.policy, samples)]
+        return [sum(logprobs[:5]), sum(logprobs[5:])]
+    before = total_logprobs()
+    train_on(state, prompts, samples)
+    good, bad = np.subtract(total_logprobs(), before)
+    assert good > 1 and bad < -1
+
+
 def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_state, train_on):
     """One mini-batch, however it is split: ratio 1 and nothing clipped, exactly, and no forward
     pass for old log-probs."""
