@@ -13,7 +13,7 @@ Departures from the paper, each optional or harmless:
      `importance_weights` are for ablations; none of them is on by default.
 
 Shapes: B responses, T response tokens (padded on the right), G groups, n responses per group.
-Masks are 1 on the tokens that are trained and 0 elsewhere; values where the mask is 0 have no effect.
+Masks are 1 on the tokens that are trained and 0 elsewhere; a value with the mask 0 has no effect.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,8 @@ class Stat(NamedTuple):
     """A statistic that a loss returns; it is logged as `actor/<name>` without further code.
 
     `values`: (B, T), or a shape that broadcasts to it. `reduce`: `mean`, `sum` or `max` over the
-    tokens of `mask` (None: the loss's mask), of all micro-batches and ranks of a rollout step.
+    tokens of `mask` within the loss's mask (None: all of those), of all micro-batches and ranks of
+    a rollout step. A scalar with `sum` is the micro-batch's part of the sum.
     """
     values: Tensor
     reduce: str = "mean"
@@ -126,8 +127,9 @@ def aggregate(loss: Tensor, mask: Tensor, mode: str, num_tokens: int | None = No
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Estimate of KL(policy || reference) per token, (B, T) (http://joschu.net/blog/kl-approx.html).
+    """Estimate of KL(policy || reference) per token, (B, T).
 
+    See http://joschu.net/blog/kl-approx.html.
     `k1`: unbiased, may be negative. `k2`: biased, low variance. `k3`: unbiased, never negative.
     As a loss on tokens sampled from the policy, k1's gradient is zero on average; k2's is right.
     """

@@ -151,7 +151,7 @@ def is_informative(values: Sequence[float]) -> bool:
 
 
 def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
-    """The filter (equation 11): whether a group is trained, by the config's section of that name."""
+    """The filter (equation 11): whether a group is trained, by the config's `filter_groups`."""
     return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
 
 
@@ -196,7 +196,8 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
                     if with_acc else 0.0 for value in (1.0, 0.0))
     truncated = sum(response.finish_reason == "length" for response in responses) / len(responses)
     unparsed = sum(not score.pred for score in scores) / len(scores)
-    hidden = sum(is_informative(group.metric("score")) for group in generated) - len(kept)
+    hidden = sum(is_informative(group.metric("score")) and not is_informative(group.metric("acc"))
+                 for group in generated)
     found = f"{right:.0%} all-correct, {wrong:.0%} all-wrong, "
     advice = "use harder prompts" if right > wrong else "use easier prompts"
     advice += ", or raise filter_groups.max_num_gen_batches"
@@ -204,7 +205,7 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
         found, advice = "the reward function states no accuracy, so scores are compared, ", (
             "let it return scores that differ between responses")
     elif hidden > 0 and metric == "acc":
-        advice = (f"scores differ in {hidden} groups more, but accuracy does not: filter on "
+        advice = (f"scores differ in {hidden} groups in which accuracy does not: filter on "
                   "filter_groups.metric=score, or let the reward function return `acc`")
     elif truncated > 0.5:
         advice = ("raise data.max_response_length; if responses used to end, the policy has "

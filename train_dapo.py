@@ -80,10 +80,10 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
         if len(kept) < size:
             check_underfilled(state, counters, step, kept, generated, gen_batches)
 
-        advantages, metrics = None, {}
+        advantages, metrics, totals = None, {}, StatTotals()
         if groups:
             advantages = compute_advantages(config, groups)         # 9: advantages
-            samples, totals = make_samples(config, groups, advantages), StatTotals()
+            samples = make_samples(config, groups, advantages)
             batches = mini_batches(len(samples), config.actor.ppo_mini_batch_size,
                                    config.actor.ppo_epochs, config.seed, step)
             with timer("sync"):
@@ -101,7 +101,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                 sync_weights(state)
             check_logprob_mismatch(state, step, metrics.get("actor/mismatch_abs", 0.0))
             timer.tokens["update"] = sum(len(samples[i]) for indices in batches for i in indices)
-            counters["optimizer_steps"] += len(totals.grad_norms)
+        counters["optimizer_steps"] += len(totals.grad_norms)
         counters["step"] = step
 
         metrics = {**counters, "gen_batches": gen_batches,

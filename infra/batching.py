@@ -1,4 +1,4 @@
-"""From responses to tensors: samples, mini-batches, micro-batches of about equal work, collation."""
+"""From responses to tensors: samples, mini-batches, micro-batches of equal work, collation."""
 
 from dataclasses import dataclass, replace
 from heapq import heapreplace
@@ -71,7 +71,7 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
 
 
 def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
-    """The indices of `lengths` in `count` parts: each goes to the part with the least sum so far."""
+    """The indices of `lengths` in `count` parts: each goes to the part with the least sum."""
     parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
     for at, length in enumerate(lengths):
         least, part = sums[0]

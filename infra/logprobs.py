@@ -187,7 +187,7 @@ def logprob_tolerance(config) -> float:
 
 
 def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> None:
-    """Raise ValueError if sampler and trainer differ by more than rounding: a failed weight sync."""
+    """Raise ValueError if sampler and trainer differ beyond rounding: a failed weight sync."""
     limit, own_weights = logprob_tolerance(state.config), state.engine.has_own_weights
     if own_weights and state.config.rollout.top_p == 1 and difference > limit:
         raise ValueError(f"step {step}: the log-probs of sampler and trainer differ by "

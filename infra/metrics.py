@@ -65,7 +65,7 @@ class StatTotals:
                 largest = torch.where(counted, values, -torch.inf).max()
                 self.maxima[name] = torch.maximum(largest, self.maxima.get(name, largest))
                 continue
-            if values.dim() == 0:  # the micro-batch's part of a sum
+            if values.dim() == 0 and reduce == "sum":  # the micro-batch's part of it
                 total = values.double()
             else:
                 total = torch.where(counted, values, 0).sum(dtype=torch.float64)

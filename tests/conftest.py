@@ -1,25 +1,53 @@
-"""What several test files need: the repository on the path, the embedded model, and a way to start a run."""
+"""What several test files need: the option --slow, the embedded model, a state, a run, groups.
 
+`pytest` runs the fast tests, `pytest --slow` all. Slow ones, marked `@pytest.mark.slow`, train for
+long, start servers or several processes, or kill some.
+"""
+
+import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-TINY = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "actor.ppo_mini_batch_size=8",
-        "total_training_steps=2", "val.max_prompts=6", "val.n=2"]
+from reward import Score  # noqa: E402
+from rollout import Response  # noqa: E402
+from sampling import Group  # noqa: E402
+
+TINY = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4",
+        "actor.ppo_mini_batch_size=8", "total_training_steps=2", "val.max_prompts=6", "val.n=2"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless pytest is given --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: pytest --slow runs it"))
 
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Paths in config.yaml are relative to the repository; Accelerate keeps its state between runs."""
+    """Paths in config.yaml are relative to the repository; Accelerate keeps its state."""
     monkeypatch.chdir(ROOT)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -38,27 +66,105 @@ def model():
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """`start("key=value", ...)` trains as the command line would, with a tiny batch; returns the run's directory."""
+    """`start("key=value", ...)` trains as the command line would, with a tiny batch; returns the
+    directory of the run."""
     import train_dapo
 
     def start(*overrides: str, config: str = "config.yaml") -> Path:
         run_dir = tmp_path / "run"
-        monkeypatch.setattr(sys, "argv", ["train_dapo.py", "--config", config, f"run_dir={run_dir}", *TINY, *overrides])
+        monkeypatch.setattr(sys, "argv", ["train_dapo.py", "--config", config,
+                                          f"run_dir={run_dir}", *TINY, *overrides])
         train_dapo.main()
         return run_dir
     return start
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    """`make_run("key=value", ...)`: a `Run` and its prompts, set up but not started."""
-    import train_dapo
+def make_state(tmp_path):
+    """`make_state("key=value", ...)`: a TrainState and its training prompts, before the first step.
+    `double`: the policy in float64."""
     from infra.config import load_config
+    from infra.setup import setup
 
-    def make_run(*overrides: str, double: bool = False):
+    def make_state(*overrides: str, double: bool = False):
         config = load_config("config.yaml", [f"run_dir={tmp_path / 'run'}", *TINY, *overrides])
-        run, data = train_dapo.setup(config)
+        state, data = setup(config)
         if double:
-            run.policy.to(torch.float64)
-        return run, data.train
-    return make_run
+            state.policy.to(torch.float64)
+        return state, data.train
+    return make_state
+
+
+class Step(NamedTuple):
+    """What `train` handed to `log_step`: of a skipped step all generated groups, and no
+    advantages."""
+    metrics: dict
+    groups: list[Group]
+    advantages: list | None
+
+
+@pytest.fixture
+def train_steps(monkeypatch):
+    """`train_steps(state, prompts)` runs the training loop, without files and validation; returns
+    what each step logs. `counters` are those of a checkpoint to continue from."""
+    import train_dapo
+    from infra.checkpoint import Progress
+    from infra.data import Data
+
+    def train_steps(state, prompts, counters: dict | None = None) -> list[Step]:
+        steps = []
+        monkeypatch.setattr(train_dapo, "log_step", lambda state, *args: steps.append(Step(*args)))
+        monkeypatch.setattr(train_dapo, "save_results", lambda state, progress: False)
+        train_dapo.train(state, Data(prompts, {}), Progress(Counter(counters or {}), {}, {}))
+        return steps
+    return train_steps
+
+
+@pytest.fixture
+def fake_rollouts(monkeypatch):
+    """`fake_rollouts(score)` replaces what costs time, generating: the responses to the prompt at
+    position i of the stream get the scores `scores(i)`, numbers (accuracies) or Scores. Returns the
+    positions of each generation batch, as they come. Response i has 3 + i tokens."""
+    import train_dapo
+    batches = []
+
+    def fake_rollouts(scores, finish_reason: str = "stop") -> list[list[int]]:
+        def generate(state, prompts, positions, purpose, params):
+            batches.append(list(positions))
+            return [[make_response(3 + i, finish_reason) for i in range(params.n)] for _ in prompts]
+
+        def score_responses(state, prompts, responses, purpose):
+            return [[make_score(score) for score in scores(at)] for at in batches[-1]]
+        monkeypatch.setattr(train_dapo, "generate", generate)
+        monkeypatch.setattr(train_dapo, "score_responses", score_responses)
+        return batches
+    return fake_rollouts
+
+
+def make_response(length: int = 3, finish_reason: str = "stop") -> Response:
+    return Response(np.full(length, 5, np.int32), np.zeros(length, np.float32), "", finish_reason)
+
+
+def make_score(acc: float | Score) -> Score:
+    """A Score of this accuracy, with the paper's score for it."""
+    return acc if isinstance(acc, Score) else Score(acc, 2 * acc - 1, str(acc))
+
+
+def make_group(position: int, prompt, scores: Sequence[float | Score], length: int = 3,
+               finish_reason: str = "stop") -> Group:
+    """A group of responses of equal length, with rewards that are the scores."""
+    scores = [make_score(score) for score in scores]
+    rewards = [score.score for score in scores]
+    responses = [make_response(length, finish_reason) for _ in scores]
+    return Group(position, prompt, responses, scores, rewards, rewards)
+
+
+def read_rows(run_dir: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_rollouts(run_dir: Path, step: int) -> list[dict]:
+    """The responses of a step's rollout file."""
+    file = run_dir / "rollouts" / f"step_{step:05d}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,17 +1,21 @@
-"""rollout.py: what is sampled, from which distribution, and when it ends."""
+"""rollout.py: what is sampled, from which distribution, and when a response ends."""
 
 import numpy as np
 import pytest
 import torch
 
-from rollout import generate, sample_tokens, stop_token_ids
+from rollout import (Response, SamplingParams, deserialize, generate, sample_tokens, serialize,
+                     stop_token_ids, transformers_generate)
 
 PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
 
-def write(model, tokenizer, texts=PROMPTS, n=4, seed=0, max_tokens=96, temperature=1.0, **how):
-    return generate(model, tokenizer, [tokenizer.encode(text) for text in texts], [(seed, i) for i in range(len(texts))], n,
-                    max_tokens, temperature, **how)
+def sample(model, tokenizer, texts=PROMPTS, n=4, seed=0, max_tokens=96, temperature=1.0,
+           max_num_seqs=512) -> list[list[Response]]:
+    prompts = [tokenizer.encode(text) for text in texts]
+    return transformers_generate(model, tokenizer, prompts, [(seed, i) for i in range(len(texts))],
+                                 SamplingParams(n, max_tokens, temperature),
+                                 max_num_seqs=max_num_seqs)
 
 
 def ids(groups):
@@ -19,39 +23,45 @@ def ids(groups):
 
 
 def test_the_same_seed_gives_the_same_tokens_another_seed_others(model, tokenizer):
-    assert ids(write(model, tokenizer)) == ids(write(model, tokenizer)) != ids(write(model, tokenizer, seed=1))
+    first = ids(sample(model, tokenizer))
+    assert ids(sample(model, tokenizer)) == first != ids(sample(model, tokenizer, seed=1))
 
 
 def test_what_is_sampled_does_not_depend_on_batching(model, tokenizer):
-    assert ids(write(model, tokenizer, max_num_seqs=4)) == ids(write(model, tokenizer, max_num_seqs=512))
+    one_prompt_at_a_time = ids(sample(model, tokenizer, max_num_seqs=4))
+    assert ids(sample(model, tokenizer, max_num_seqs=512)) == one_prompt_at_a_time
 
 
 def test_responses_to_one_prompt_differ(model, tokenizer):
-    assert len({tuple(row) for row in ids(write(model, tokenizer, n=16))[0]}) > 1
+    assert len({tuple(row) for row in ids(sample(model, tokenizer, n=16))[0]}) > 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_a_forward_pass_over_the_whole_text(model, tokenizer, temperature):
     """Also across left padding, shared prefill and rows that leave the batch."""
-    for text, group in zip(PROMPTS, write(model, tokenizer, n=8, temperature=temperature), strict=True):
+    groups = sample(model, tokenizer, n=8, temperature=temperature)
+    for text, group in zip(PROMPTS, groups, strict=True):
         prompt = tokenizer.encode(text)
         for response in group:
             whole = torch.tensor([prompt + response.token_ids.tolist()])
             with torch.no_grad():
-                logprobs = torch.log_softmax(model(whole).logits[0] / temperature, -1)
-            expected = [logprobs[len(prompt) + t - 1, token].item() for t, token in enumerate(response.token_ids)]
-            assert response.logprobs == pytest.approx(np.array(expected), abs=1e-4)
+                logits = model(whole).logits[0, len(prompt) - 1:-1] / temperature
+            logprobs = torch.log_softmax(logits, -1)
+            expected = logprobs.gather(-1, whole[0, len(prompt):, None]).squeeze(-1)
+            assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
 
 
 def test_greedy_agrees_with_the_librarys_generate(model, tokenizer):
-    for text, (response,) in zip(PROMPTS, write(model, tokenizer, n=1, temperature=0), strict=True):
+    groups = sample(model, tokenizer, n=1, temperature=0)
+    for text, (response,) in zip(PROMPTS, groups, strict=True):
         prompt = torch.tensor([tokenizer.encode(text)])
-        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=96, do_sample=False)
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt),
+                                  max_new_tokens=96, do_sample=False)
         assert response.token_ids.tolist() == expected[0, prompt.shape[1]:].tolist()
 
 
 def test_a_response_ends_with_its_eos_or_at_the_limit(model, tokenizer):
-    for group in write(model, tokenizer, n=32, max_tokens=12):
+    for group in sample(model, tokenizer, n=32, max_tokens=12):
         for response in group:
             stopped = response.token_ids[-1] == tokenizer.eos_token_id
             assert response.finish_reason == ("stop" if stopped else "length")
@@ -60,7 +70,8 @@ def test_a_response_ends_with_its_eos_or_at_the_limit(model, tokenizer):
 
 
 def test_an_eos_on_the_last_allowed_token_is_a_stop_not_a_truncation(model, tokenizer):
-    (group,) = write(model, tokenizer, texts=["a1 b+1?"], n=32, max_tokens=3)  # `\nAnswer: `, a digit, EOS
+    # `\nAnswer: `, a digit, EOS
+    (group,) = sample(model, tokenizer, texts=["a1 b+1?"], n=32, max_tokens=3)
     assert any(len(r.token_ids) == 3 and r.finish_reason == "stop" for r in group)
 
 
@@ -68,21 +79,57 @@ def test_every_eos_of_the_generation_config_ends_a_response(model, tokenizer):
     answer = tokenizer.convert_tokens_to_ids("\nAnswer: ")
     model.generation_config.eos_token_id = [0, answer]
     assert stop_token_ids(model, tokenizer) == sorted([0, answer])
-    for group in write(model, tokenizer, max_tokens=95, n=8):
+    for group in sample(model, tokenizer, max_tokens=95, n=8):
         assert all(response.finish_reason == "stop" and response.token_ids[-1] == answer
                    for response in group if response.finish_reason == "stop")
         assert any(response.token_ids[-1] == answer for response in group)
 
 
 def test_gradient_checkpointing_does_not_cost_the_cache(model, tokenizer):
-    expected = ids(write(model, tokenizer))
+    expected = ids(sample(model, tokenizer))
     model.gradient_checkpointing_enable()
-    assert ids(write(model.train(), tokenizer)) == expected
+    assert ids(sample(model.train(), tokenizer)) == expected
     assert model.training
 
 
 def test_text_has_no_special_tokens(model, tokenizer):
-    assert "<eos>" not in write(model, tokenizer)[0][0].text
+    assert "<eos>" not in sample(model, tokenizer)[0][0].text
+
+
+# ---- for a whole run ----
+
+def test_a_response_depends_on_the_seed_the_purpose_and_the_position(make_state):
+    state, prompts = make_state()
+
+    def generated(seed: int, purpose: str, position: int) -> str:
+        state.config.seed = seed
+        groups = generate(state, prompts[:1], [position], purpose, SamplingParams(4, 96))
+        return str(ids(groups))
+    first = generated(0, "step 1", 0)
+    assert generated(0, "step 1", 0) == first
+    others = ((1, "step 1", 0), (0, "step 2", 0), (0, "validation", 0), (0, "step 1", 1))
+    assert len({first, *(generated(*other) for other in others)}) == 5
+
+
+def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_state):
+    state, prompts = make_state()
+    with torch.no_grad():
+        next(state.policy.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="step 1: prompt 0: log-probs are not finite; the policy "
+                                         "has diverged"):
+        generate(state, prompts[:1], [0], "step 1", SamplingParams(4, 96))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_responses_come_back_from_a_message_as_they_went_in(model, tokenizer, count):
+    """From rank to rank; also a share without prompts."""
+    groups = sample(model, tokenizer, PROMPTS[:count], max_tokens=20)
+    received = deserialize(serialize(groups), n=4)
+    assert ids(received) == ids(groups)
+    for group, expected in zip(received, groups, strict=True):
+        for a, b in zip(group, expected, strict=True):
+            assert (a.logprobs == b.logprobs).all() and a.logprobs.dtype == np.float32
+            assert (a.text, a.finish_reason) == (b.text, b.finish_reason)
 
 
 # ---- from a distribution to a token ----
@@ -96,7 +143,8 @@ def test_inverse_transform_by_hand():
 
 def test_frequencies_meet_probabilities():
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().repeat(20_000, 1)
-    tokens, _ = sample_tokens(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), 1.0)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens, _ = sample_tokens(logits, uniforms, 1.0)
     assert (tokens.bincount() / 20_000).tolist() == pytest.approx([0.1, 0.2, 0.7], abs=0.012)
 
 
@@ -104,7 +152,7 @@ def test_an_impossible_token_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
     tokens, _ = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 3, 3]
-    for size in range(40_000, 40_020):  # where rounding leaves the sum of all probabilities below 1
+    for size in range(40_000, 40_020):  # rounding leaves the sum of all probabilities below 1
         logits = torch.zeros(1, size)
         logits[0, size // 2:] = -torch.inf
         tokens, logprobs = sample_tokens(logits, torch.tensor([1 - 2**-24]), 1.0)

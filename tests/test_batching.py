@@ -1,0 +1,134 @@
+"""infra/batching.py: mini-batches, micro-batches of equal work, and tensors worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from infra.batching import Sample, collate, micro_batches, mini_batches
+
+
+def sample(prompt: int, response: int, **fields) -> Sample:
+    """Of so many tokens; token ids count from 1."""
+    fields = {"advantage": 1.0, **fields}
+    return Sample(list(range(1, prompt + 1)), np.arange(1, response + 1, dtype=np.int32), **fields)
+
+
+def random_samples() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [sample(int(rng.integers(1, 9)), int(rng.integers(1, 90))) for _ in range(50)]
+
+
+def flatten(parts: list) -> list:
+    return [element for part in parts for element in part]
+
+
+# ---- mini-batches ----
+
+def test_mini_batches_hold_every_response_once_shuffled():
+    batches = mini_batches(512, 128, epochs=1, seed=0, step=1)
+    assert [len(batch) for batch in batches] == [128] * 4
+    order = flatten(batches)
+    assert sorted(order) == list(range(512)) and order != list(range(512))
+
+
+def test_each_epoch_and_step_and_seed_has_an_order_of_its_own():
+    two_epochs = flatten(mini_batches(64, 64, epochs=2, seed=0, step=1))
+    orders = [two_epochs[:64], two_epochs[64:]]
+    for seed, step in ((0, 2), (1, 1)):
+        orders.append(flatten(mini_batches(64, 64, epochs=1, seed=seed, step=step)))
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert flatten(mini_batches(64, 64, epochs=1, seed=0, step=1)) == orders[0]
+
+
+def test_a_remainder_is_spread_and_never_dropped():
+    batches = mini_batches(320, 128, epochs=1, seed=0, step=1)
+    assert [len(batch) for batch in batches] == [107, 107, 106]
+
+
+# ---- micro-batches ----
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_share_out_every_response_once_within_the_budget(world, packed):
+    samples = random_samples()
+    parts = [micro_batches(samples, 300, rank, world, packed) for rank in range(world)]
+    batches = flatten(parts)
+    assert sorted(flatten(batches)) == list(range(50))
+    assert len({len(part) for part in parts}) == 1  # every rank takes part in every collective
+    for batch in batches:
+        lengths = [len(samples[i]) for i in batch]
+        size = sum(lengths) if packed else len(lengths) * max(lengths, default=0)
+        assert size <= 300
+    if packed:  # and are few
+        assert len(batches) <= -(-sum(map(len, samples)) // 300) + 2 * world
+
+
+def test_a_rank_without_responses_gets_empty_batches():
+    assert micro_batches([sample(1, 1)], 100, rank=1, world=2) == [[]]
+
+
+def test_a_response_beyond_the_budget_has_a_batch_of_its_own():
+    assert micro_batches([sample(1, 500), sample(1, 5)], 100) == [[0], [1]]
+
+
+def test_packed_micro_batches_are_few_and_alike():
+    samples = [sample(1, length - 1) for length in (60, 55, 5, 4)]
+    assert micro_batches(samples, 120) == [[0, 1], [2, 3]]
+    assert micro_batches(samples, 124, packed=True) == [[0, 1, 2, 3]]
+    assert micro_batches(samples, 123, packed=True) == [[0, 3], [1, 2]]
+    assert micro_batches(samples, 61, packed=True) == [[0], [1], [2, 3]]
+    assert micro_batches(samples, 50, packed=True) == [[0], [1], [2, 3]]  # two are beyond 50
+
+
+def test_ranks_have_about_equal_work_and_the_same_number_of_micro_batches():
+    lengths = np.random.default_rng(0).exponential(300, 500)
+    samples = [sample(5, int(length)) for length in lengths]
+    shares = [micro_batches(samples, 4000, rank, 8) for rank in range(8)]
+    tokens = [sum(len(samples[i]) for i in flatten(share)) for share in shares]
+    assert max(tokens) < 1.01 * min(tokens)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(flatten(flatten(shares))) == list(range(500))
+
+
+# ---- tensors ----
+
+def test_collate_by_hand():
+    batch = collate([sample(2, 1), sample(1, 3, in_loss=False)], pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 9], [1, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [1, 1, 2, 3]
+    assert batch["logit_positions"].tolist() == [1, 4, 5, 6]
+    assert batch["flat_positions"].tolist() == [0, 3, 4, 5]
+    assert batch["mask"].tolist() == [[True, False, False], [False, False, False]]
+    assert batch["advantages"].shape == (2, 1)
+    assert "old_logprobs" not in batch and batch["packing_kwargs"] == {}
+
+
+def test_collate_packed_by_hand():
+    batch = collate([sample(2, 1), sample(1, 3)], pad_id=9, packing="flash")
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 1, 1, 2, 3]]
+    assert list(batch["packing_kwargs"]) == ["position_ids"]
+    assert batch["packing_kwargs"]["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [1, 1, 2, 3]
+    assert batch["logit_positions"].tolist() == [1, 3, 4, 5]
+    assert batch["flat_positions"].tolist() == [0, 3, 4, 5]
+
+
+def test_advantages_may_be_one_per_token():
+    """In one batch with a response that has one for all of its tokens."""
+    rows = [sample(2, 1), sample(1, 3, advantage=torch.tensor([0.5, -1.0, 2.0]))]
+    for packing in ("", "flash"):
+        advantages = collate(rows, pad_id=9, packing=packing)["advantages"]
+        assert advantages.tolist() == [[1.0, 0.0, 0.0], [0.5, -1.0, 2.0]]
+        assert advantages.dtype == torch.float32
+
+
+def test_the_eos_that_ended_a_response_is_trained_even_if_padding_is_the_same_token():
+    rows = [Sample([5], np.array(ids, np.int32), 1.0) for ids in ([3, 0], [3, 4, 0])]
+    assert collate(rows, pad_id=0)["mask"].tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_old_logprobs_are_in_the_batch_only_if_all_samples_have_them():
+    known, unknown = sample(1, 2, old_logprobs=torch.tensor([-1.0, -2.0])), sample(1, 2)
+    assert collate([known, known], 0)["old_logprobs"].tolist() == [[-1.0, -2.0]] * 2
+    assert "old_logprobs" not in collate([known, unknown], 0)

@@ -1,0 +1,157 @@
+"""infra/metrics.py: statistics of losses reduced as declared, phases of a step, rollout files."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_group
+
+from infra.data import Prompt
+from infra.metrics import (StatTotals, actor_metrics, mean, progress_text, rollout_metrics,
+                           rollout_records)
+from losses import Stat
+from reward import Score
+
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+VALUES = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
+PROMPT = Prompt(0, "1+1?", [1], "2", {})
+
+
+def reduced(*micro_batches: tuple[dict, torch.Tensor]) -> dict[str, float]:
+    totals = StatTotals()
+    for stats, mask in micro_batches:
+        totals.add(stats, mask)
+    return totals.reduce(Accelerator(cpu=True))
+
+
+# ---- statistics that losses return ----
+
+@pytest.mark.parametrize("reduce, expected", [("mean", 3.0), ("sum", 9.0), ("max", 6.0)])
+def test_a_statistic_is_reduced_over_the_tokens_in_the_loss_as_it_declares(reduce, expected):
+    assert reduced(({"x": Stat(VALUES, reduce), "loss": Stat(VALUES)}, MASK))["x"] == expected
+
+
+def test_a_mean_is_over_all_tokens_of_all_micro_batches():
+    """Not the mean of their means: 3 tokens that sum to 9, then one of 1."""
+    second = ({"x": Stat(torch.tensor([[1.0, 7.0]]))}, torch.tensor([[True, False]]))
+    assert reduced(({"x": Stat(VALUES)}, MASK), second) == {"x": 10 / 4}
+
+
+def test_a_maximum_is_that_of_all_micro_batches():
+    first = {"x": Stat(VALUES, "max"), "loss": Stat(VALUES)}
+    second = {"x": Stat(-VALUES, "max"), "loss": Stat(VALUES)}
+    assert reduced((first, MASK), (second, MASK))["x"] == 6
+    assert reduced((second, MASK), (first, MASK))["x"] == 6
+    assert reduced((second, MASK))["x"] == -1
+
+
+def test_a_mean_may_have_a_mask_of_its_own_within_that_of_the_loss():
+    chosen = torch.tensor([[False, True, True], [True, False, True]])
+    assert reduced(({"x": Stat(VALUES, mask=chosen)}, MASK)) == {"x": (2 + 6) / 2}
+
+
+def test_a_value_per_response_counts_for_each_of_its_tokens():
+    """As (B, 1): 10 for two tokens, 40 for one."""
+    stats = {name: Stat(torch.tensor([[10.0], [40.0]]), name) for name in ("mean", "sum", "max")}
+    assert reduced((stats, MASK)) == {"mean": 20, "sum": 60, "max": 40}
+
+
+def test_a_truth_value_per_token_gives_the_share_of_tokens():
+    assert reduced(({"x": Stat(VALUES > 1)}, MASK))["x"] == pytest.approx(2 / 3)
+
+
+def test_a_scalar_is_a_part_of_a_sum_or_the_same_for_all_tokens_of_a_mean():
+    part = {"sum": Stat(torch.tensor(0.25), "sum"), "mean": Stat(torch.tensor(4.0))}
+    assert reduced((part, MASK), (part, MASK)) == {"sum": 0.5, "mean": 4}
+
+
+def test_no_gradient_is_kept_and_what_stands_in_the_padding_has_no_effect():
+    values = torch.where(MASK, VALUES, torch.nan).requires_grad_()
+    totals = StatTotals()
+    totals.add({"x": Stat(values), "y": Stat(values, "max")}, MASK)
+    assert not totals.sums["x"].requires_grad and not totals.maxima["y"].requires_grad
+    assert totals.reduce(Accelerator(cpu=True)) == {"x": 3, "y": 6}
+
+
+def test_a_statistic_over_no_token_is_left_out():
+    none = torch.zeros_like(MASK)
+    stats = {"x": Stat(VALUES, mask=none), "y": Stat(VALUES, "max", none), "loss": Stat(VALUES)}
+    assert reduced((stats, MASK)) == {"loss": 3}
+    assert reduced((stats, none), (stats, MASK)) == {"loss": 3}
+
+
+def test_an_unknown_reduction_is_named_with_the_legal_ones():
+    with pytest.raises(ValueError, match="Stat x: reduce 'median' is none of mean, sum, max"):
+        StatTotals().add({"x": Stat(VALUES, "median")}, MASK)
+
+
+def test_the_loss_is_a_mean_over_optimizer_steps():
+    totals = StatTotals()
+    for loss in (1.0, 2.0):  # two mini-batches of two micro-batches each
+        for _ in range(2):
+            totals.add({"loss": Stat(torch.tensor(loss / 2), "sum"), "x": Stat(VALUES)}, MASK)
+        totals.grad_norms.append(loss)
+    assert actor_metrics(Accelerator(cpu=True), totals, lr=0.1) == {
+        "actor/lr": 0.1, "actor/loss": 1.5, "actor/x": 3, "actor/grad_norm": 1.5,
+        "actor/max_grad_norm": 2}
+
+
+def test_without_an_update_there_are_no_statistics():
+    assert actor_metrics(Accelerator(cpu=True), StatTotals(), lr=0.1) == {"actor/lr": 0.1}
+
+
+# ---- rollouts ----
+
+CONFIG = SimpleNamespace(overlong_buffer=SimpleNamespace(enable=True, len=4),
+                         data=SimpleNamespace(max_response_length=10))
+
+
+def test_rollout_metrics_by_hand():
+    right, wrong = make_group(0, PROMPT, [1, 1], length=2), make_group(1, PROMPT, [0, 0], length=6)
+    mixed = make_group(2, PROMPT, [1, 0], length=8, finish_reason="length")
+    metrics = rollout_metrics(CONFIG, [right, wrong, mixed], [mixed], [mixed])
+    assert metrics == pytest.approx({
+        "reward/mean": 0, "reward/score": 0, "reward/timeouts": 0, "reward/errors": 0,
+        "acc/before_filter": 1 / 2, "acc/after_filter": 1 / 2, "groups/all_correct": 1 / 3,
+        "groups/all_wrong": 1 / 3, "groups/kept": 1 / 3, "groups/trained": 1,
+        "responses/generated": 6, "responses/wasted": 4, "responses/wasted_tokens": 2 * 2 + 2 * 6,
+        "responses/generated_per_trained": 3, "response_length/mean": 16 / 3,
+        "response_length/max": 8, "response_length/truncated": 1 / 3,
+        "response_length/penalised": 1 / 3})  # longer than 10 - 4
+
+
+def test_a_reward_without_an_accuracy_has_no_metrics_of_one():
+    group = make_group(0, PROMPT, [Score(None, 0.5), Score(None, 1.5)])
+    metrics = rollout_metrics(CONFIG, [group], [group], [group])
+    assert metrics["reward/score"] == 1
+    assert not [name for name in metrics if name.startswith(("acc/", "groups/all_"))]
+    assert "acc" not in progress_text(metrics, {})
+
+
+def test_failures_of_reward_functions_are_counted_by_their_kind():
+    scores = [Score(0.0, -1.0, status=status) for status in ("timeout", "error", "error", "ok")]
+    metrics = rollout_metrics(CONFIG, [make_group(0, PROMPT, scores)], [], [])
+    assert (metrics["reward/timeouts"], metrics["reward/errors"]) == (1, 2)
+
+
+def test_a_rollout_file_has_all_that_belongs_to_a_response():
+    score = Score(1.0, 2.0, "5", {"words": 3.0, "note": "\x1b[31mred"})
+    group = make_group(7, Prompt(3, "2+3?", [1], "5", {}), [score, 0])
+    first, second = map(json.loads, rollout_records(4, [group], [[0.5, torch.tensor([1.0, 2.0])]]))
+    assert first == {
+        "step": 4, "position": 7, "prompt": "2+3?", "answer": "5", "response": "", "tokens": 3,
+        "finish_reason": "stop", "pred": "5", "acc": 1.0, "score": 2.0, "reward": 2.0,
+        "final_reward": 2.0, "advantage": 0.5, "status": "ok", "reward/words": 3.0,
+        "reward/note": "\x1b[31mred"}
+    assert second["advantage"] == [1.0, 2.0]
+    (skipped, _) = map(json.loads, rollout_records(4, [group], None))
+    assert skipped["advantage"] is None
+    assert all(line.isascii() and line.count("\n") == 1 and "\x1b" not in line
+               for line in rollout_records(4, [group], None))
+
+
+def test_the_mean_of_nothing_is_zero():
+    assert mean([]) == 0 and mean([1, 2, 6]) == 3 and math.isclose(mean(iter([0.5])), 0.5)
