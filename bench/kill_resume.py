@@ -57,7 +57,7 @@ def half_written(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(".step_*.partial"))
 
 
-def config_diff(straight: Path, broken: Path) -> list[str]:
+def run_differences(straight: Path, broken: Path) -> list[str]:
     """What is not identical in two runs' directories."""
     found = [] if rows(straight) == rows(broken) else ["metrics.jsonl"]
     files = {path.relative_to(straight) for path in [*straight.glob("rollouts/*"), *straight.glob("model/*")]}
@@ -84,7 +84,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -
         finished = (broken / f"checkpoints/step_{last:05d}").exists()
         if not finished and start(broken, overrides, log).wait() != 0:
             return ["the last start, which did not end well"], hit
-    return config_diff(straight, broken), hit
+    return run_differences(straight, broken), hit
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import shutil
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,13 +40,17 @@ from infra.setup import TrainState, sync_weights
 from plot import plot_runs
 
 
+COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",
+            "ema_groups_generated")
+
+
 @dataclass
 class Progress:
     """How far a run is: `counters` (all 0 at the start), `evaluations` of the validation sets,
     `identity`, the config and a hash of the prompts that checkpoints belong to."""
-    counters: Counter
-    evaluations: Evaluations
-    identity: dict
+    counters: Counter = field(default_factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
+    evaluations: Evaluations = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
 
 
 # ---- the directory of a run ----------------------------------------------------------------------
@@ -60,7 +64,8 @@ def check_run_dir(config: SimpleNamespace) -> None:
     hint = f"name another, for instance run_dir={unused}"
     named, recorded = branch_origins(config)
     origin = named or recorded
-    if origin and (named != recorded or not checkpoints) and not (origin / "progress.json").exists():
+    needed = not checkpoints or named not in (None, recorded)
+    if origin and needed and not (origin / "progress.json").exists():
         raise ValueError(f"resume: {origin} is not auto, never or a checkpoint's directory")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
@@ -141,14 +146,17 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
     Returns the progress that training continues from. Raises OSError or ValueError.
     """
     config, accelerator, run_dir = state.config, state.accelerator, Path(state.config.run_dir)
-    identity, evaluations = {"config": flatten(config), "data": hash_prompts(prompts)}, {}
+    identity = {"config": flatten(config), "data": hash_prompts(prompts)}
+    progress, branch, step = Progress(identity=identity), {}, -1
     if any(other != identity for other in gather_object([identity])):
         raise OSError("the processes have different configs, or read different data.train_file")
-    path, metadata, branch = find_checkpoint(accelerator, config), {"counters": {}}, {}
+    path = find_checkpoint(accelerator, config)
     if path:
         metadata = read_metadata(path)
+        progress.counters.update(metadata["counters"])  # adds to zeros
+        step = progress.counters["step"]
         if path.parent.parent.resolve() != run_dir.resolve():
-            branch = {"checkpoint": str(path.resolve()), "step": metadata["counters"]["step"],
+            branch = {"checkpoint": str(path.resolve()), "step": step,
                       "changed": config_diff(metadata["config"], config)}
             changed = ", ".join(branch["changed"]) or "the same config"
             accelerator.print(f"branching off {path}: {changed}")
@@ -161,13 +169,13 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
         accelerator.print(f"resuming from {path}")
         if comparable(metadata["config"], identity["config"]):
             for name, of_set in metadata["evaluations"].items():
-                evaluations[name] = {title: Evaluation(**kept) for title, kept in of_set.items()}
+                progress.evaluations[name] = {title: Evaluation(**kept)
+                                              for title, kept in of_set.items()}
     sync_weights(state)
     check_weight_sync(state, prompts)
-    prepare_run_dir(accelerator, config, metadata["counters"].get("step", -1), branch,
-                    path.parent.parent if path else run_dir)
+    prepare_run_dir(accelerator, config, step, branch, path.parent.parent if path else run_dir)
     accelerator.init_trackers("dapo", flatten(config))
-    return Progress(Counter(metadata["counters"]), evaluations, identity)
+    return progress
 
 
 def comparable(earlier: dict, now: dict) -> bool:
