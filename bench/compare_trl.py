@@ -14,7 +14,7 @@ Two parts, each side in turn and in a process of its own, a seed a repeat; start
 speed: wall seconds of a rollout step (writing, scoring, update) by the responses it trains on, median of the steps
 after the first; without dynamic sampling, which TRL does not have, so that both do the same work.
 
-accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, judged every 5 rollout steps by this
+accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated every 5 rollout steps by this
 repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling on. A run of TRL's that does not get
 there counts with the seconds until it was stopped; one of ours makes the goal missed.
 
@@ -43,92 +43,94 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"speed": 0.5, "accuracy": 0.6}
-SIDES, WARM_UP, JUDGE_EVERY = ("ours", "trl"), 1, 5
+SIDES, WARM_UP, EVALUATE_EVERY = ("ours", "trl"), 1, 5
 
 
-class Progress:
+class Stopwatch:
     """What one process measures: a row for each rollout step, and the accuracies in between, off the clock."""
 
-    def __init__(self, args: argparse.Namespace, judge: Callable[[], float]) -> None:
-        self.rows, self.accuracies, self.judge, self.target = [], {}, judge, args.target
-        self.judging = args.part == "accuracy"
-        self.limit = args.max_steps if self.judging else WARM_UP + args.steps
+    def __init__(self, args: argparse.Namespace, evaluate: Callable[[], float]) -> None:
+        self.rows, self.accuracies, self.evaluate, self.target = [], {}, evaluate, args.target
+        self.evaluating = args.part == "accuracy"
+        self.limit = args.max_steps if self.evaluating else WARM_UP + args.steps
         self.start = time.perf_counter()
 
     def after_step(self, **row) -> bool:
         """Take the time; returns whether this was the last step."""
         self.rows.append({"seconds": time.perf_counter() - self.start, **row})
         done = len(self.rows) == self.limit
-        if self.judging and len(self.rows) % JUDGE_EVERY == 0:
-            accuracy = self.accuracies[len(self.rows)] = self.judge()
+        if self.evaluating and len(self.rows) % EVALUATE_EVERY == 0:
+            accuracy = self.accuracies[len(self.rows)] = self.evaluate()
             done = done or accuracy >= self.target
         self.start = time.perf_counter()
         return done
 
 
-def run_ours(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+def run_ours(args: argparse.Namespace, state, prompts: list,
+             evaluate: Callable[[], float]) -> Stopwatch:
     """Train with `train_dapo.train`."""
+    from harness import train
+    from infra.data import Data
     from infra.setup import sync_weights
-    from train_dapo import train
-    sync_weights(run)
-    progress = Progress(args, judge)
-    for metrics, _, _ in train(run, [(1, prompts)], Counter()):
-        if progress.after_step(responses=metrics["groups/trained"] * run.config.rollout.n,
-                               acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]):
-            break
-    return progress
+    sync_weights(state)
+    stopwatch = Stopwatch(args, evaluate)
+    train(state, Data(prompts, {}), after_step=lambda metrics: stopwatch.after_step(
+        responses=metrics["groups/trained"] * state.config.rollout.n,
+        acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]))
+    return stopwatch
 
 
-def run_trl(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+def run_trl(args: argparse.Namespace, state, prompts: list,
+            evaluate: Callable[[], float]) -> Stopwatch:
     """Train the same policy, with the same optimizer, with TRL's GRPOTrainer."""
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainerCallback
     from trl import GRPOTrainer
-    config, seen = run.config, []
-    run.policy.set_attn_implementation("sdpa")  # not attention.py
-    if run.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
+    config, seen = state.config, []
+    state.policy.set_attn_implementation("sdpa")  # not block_sdpa
+    if state.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
         raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way
     updates = config.data.train_batch_size * config.rollout.n // config.actor.ppo_mini_batch_size
-    optimizer = run.optimizer.optimizer
+    optimizer = state.optimizer.optimizer
     schedule = LambdaLR(optimizer, lambda update: min(1.0, (update // updates + 1) / config.actor.lr_warmup_steps))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=run.policy, reward_funcs=make_reward(run, seen), args=trl_config(args, config, updates, folder),
+            model=state.policy, reward_funcs=make_reward(state, seen), args=trl_config(args, config, updates, folder),
             train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]),
-            processing_class=run.tokenizer, optimizers=(optimizer, schedule))
-        if trainer.accelerator.unwrap_model(trainer.model) is not run.policy:
-            raise SystemExit("TRL trains another model than the one that is judged")
+            processing_class=state.tokenizer, optimizers=(optimizer, schedule))
+        if trainer.accelerator.unwrap_model(trainer.model) is not state.policy:
+            raise SystemExit("TRL trains another model than the one that is evaluated")
 
         class Watch(TrainerCallback):
             """After each rollout step's last update: take the time."""
 
-            def on_step_end(self, arguments, state, control, **_):
-                if state.global_step % updates == 0:
+            def on_step_end(self, arguments, trainer_state, control, **_):
+                if trainer_state.global_step % updates == 0:
                     accs, lengths = zip(*seen, strict=True)
-                    control.should_training_stop = progress.after_step(
+                    control.should_training_stop = stopwatch.after_step(
                         responses=len(seen), acc=statistics.mean(accs), length=statistics.mean(lengths))
                     seen.clear()
         trainer.add_callback(Watch())
-        progress = Progress(args, judge)
+        stopwatch = Stopwatch(args, evaluate)
         trainer.train()
-    return progress
+    return stopwatch
 
 
-def make_reward(run, seen: list[tuple[float, int]]) -> Callable:
+def make_reward(state, seen: list[tuple[float, int]]) -> Callable:
     """Our reward as TRL calls it; accuracy and length of each response are left in `seen`."""
-    from reward import overlong_penalty
-    config = run.config
+    from reward import Task, overlong_penalty
+    config = state.config
 
     def reward(completions, completion_ids, answer, **_):
-        scores = [score for score, in run.judge([([text], right, {}) for text, right in
-                                                 zip(completions, answer, strict=True)])]
+        tasks = [Task([text], [len(ids)], right, {}) for text, ids, right
+                 in zip(completions, completion_ids, answer, strict=True)]
+        scores = [of_task[0] for of_task in state.scorer(tasks)]
         seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
         return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
                                                config.overlong_buffer.penalty_factor)
@@ -155,24 +157,24 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, verifier."""
+    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, scorer."""
     sys.path.insert(0, str(ROOT))
     from infra.config import load_config
     from infra.setup import setup
-    from train_dapo import validate
+    from evaluate import validate
     steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [
             f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
-            f"total_training_steps={steps}"])
-        run, data = setup(config)
-        ((_, prompts),), (val_prompts,) = data.train, data.val.values()
+            f"total_training_steps={steps}", *args.overrides])
+        state, data = setup(config)
+        prompts, (val_prompts,) = data.train, data.val.values()
 
-        def judge() -> float:
-            return validate(run, val_prompts).metrics[f"avg@{config.val.n}"]
-        progress = {"ours": run_ours, "trl": run_trl}[args.one](args, run, prompts, judge)
-    return {"rows": progress.rows, "accuracies": progress.accuracies}
+        def accuracy() -> float:
+            return validate(state, val_prompts).metrics[f"avg@{config.val.n}"]
+        stopwatch = {"ours": run_ours, "trl": run_trl}[args.one](args, state, prompts, accuracy)
+    return {"rows": stopwatch.rows, "accuracies": stopwatch.accuracies}
 
 
 def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> dict:
@@ -244,14 +246,15 @@ def main() -> None:
     parser.add_argument("--one", choices=SIDES, help="measure this side, and print JSON")
     parser.add_argument("--part", choices=GOALS, default="speed")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="with --one")
+    args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     if args.one:
         print(json.dumps(measure(args)))
         return
     if not args.trl_python:
         parser.error("--trl-python is needed; the docstring says how to make one")
-    verdicts, missed = [], False
+    results_text, missed = [], False
     for part in args.parts:
         results = {side: [] for side in SIDES}
         for seed in range(args.repeats):
@@ -261,10 +264,10 @@ def main() -> None:
         pairs = [ours / trl for ours, trl in zip(figures["ours"], figures["trl"], strict=True)]
         ratio = statistics.median(figures["ours"]) / statistics.median(figures["trl"])
         print(f"\n{part}: ours / TRL of each pair {', '.join(f'{pair:.2f}' for pair in pairs)}\n", flush=True)
-        verdicts.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
+        results_text.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
                         f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
         missed = missed or not ratio <= GOALS[part]
-    print(", ".join(verdicts))
+    print(", ".join(results_text))
     sys.exit(missed)
 
 
