@@ -25,8 +25,9 @@ WAYS = {"transformers": ["rollout.backend=transformers"], "vllm": ["rollout.back
 
 def measure(overrides: list[str], steps: int) -> dict[str, float]:
     """Seconds until the engine was ready, and medians of a step's metrics."""
+    from harness import make_state, train  # puts the repository on the path
+
     import infra.setup
-    from harness import make_state, train
     times, make_engine = [], infra.setup.make_engine
 
     def timed(*arguments):
@@ -79,7 +80,7 @@ def main() -> None:
     for name in args.ways:
         server, start = serve() if name == "vllm server" else (None, None)
         result = subprocess.run([sys.executable, __file__, "--one", name, "--steps", str(args.steps)],
-                                capture_output=True, text=True, check=True)
+                                stdout=subprocess.PIPE, text=True, check=True)
         if server:
             os.killpg(server.pid, signal.SIGTERM)
         row = json.loads(result.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to a given accuracy.
+"""The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to
+a given accuracy.
 
     python bench/compare_trl.py --trl-python /tmp/trl_venv/bin/python [--repeats 3] [--parts speed accuracy]
 
@@ -9,27 +10,32 @@ TRL wants an environment of its own, and in it what this repository imports:
     /tmp/trl_venv/bin/pip install trl==1.16.0 transformers==5.19.0 accelerate==1.15.0 datasets pyyaml filelock \
         matplotlib httpx2 numpy==2.3.5
 
-Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and saving not counted:
+Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and
+saving not counted:
 
-speed: wall seconds of a rollout step (writing, scoring, update) by the responses it trains on, median of the steps
-after the first; without dynamic sampling, which TRL does not have, so that both do the same work.
+speed: wall seconds of a rollout step (generation, scoring, update) by the responses it trains on,
+median of the steps after the first; without dynamic sampling, which TRL does not have, so that both
+do the same work.
 
-accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated every 5 rollout steps by this
-repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling on. A run of TRL's that does not get
-there counts with the seconds until it was stopped; one of ours makes the goal missed.
+accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated every 5 rollout
+steps by this repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling
+on. A run of TRL's that does not get there counts with the seconds until it was stopped; one of ours
+makes the goal missed.
 
-The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`), 32 prompts x 16
-responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's loss with its two clips, the AdamW
-object itself, its warm-up, weight decay on all weights, gradient clipping. TRL's defaults that would cost it time are
-off: gradient checkpointing, logging, progress bars, saving. Its micro-batch is `--micro-batch`; 128, a whole
-mini-batch, was its fastest of 128, 64 and 32.
+The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`),
+32 prompts x 16 responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's
+loss with its two clips, the AdamW object itself, its warm-up, weight decay on all weights, gradient
+clipping. TRL's defaults that would cost it time are off: gradient checkpointing, logging, progress
+bars, saving. Its micro-batch is `--micro-batch`; 128, a whole mini-batch, was its fastest of 128,
+64 and 32.
 
-Not the same, and TRL's own ways: it pads each micro-batch to the longest response of the whole step (here nearly always
-the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on with all rows until the last has ended;
-old log-probs are computed for all four mini-batches, ours for three; the loss divides by a quarter of the step's tokens
-rather than by the mini-batch's; advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers,
-so other prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous batching instead,
-which on a CPU is slower.
+Not the same, and TRL's own ways: it pads each micro-batch to the longest response of the whole step
+(here nearly always the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on
+with all rows until the last has ended; old log-probs are computed for all four mini-batches, ours
+for three; the loss divides by a quarter of the step's tokens rather than by the mini-batch's;
+advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers, so other
+prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous
+batching instead, which on a CPU is slower.
 
 Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
 """
@@ -52,7 +58,8 @@ SIDES, WARM_UP, EVALUATE_EVERY = ("ours", "trl"), 1, 5
 
 
 class Stopwatch:
-    """What one process measures: a row for each rollout step, and the accuracies in between, off the clock."""
+    """What one process measures: a row for each rollout step, and the accuracies in between, off
+    the clock."""
 
     def __init__(self, args: argparse.Namespace, evaluate: Callable[[], float]) -> None:
         self.rows, self.accuracies, self.evaluate, self.target = [], {}, evaluate, args.target
@@ -213,7 +220,8 @@ def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
 
 
 def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, list[float]]:
-    """Print the table of the second part; returns each side's seconds of training, infinite where ours fell short."""
+    """Print the table of the second part; returns each side's seconds of training, infinite where
+    ours fell short."""
     print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds a step | "
           "accuracies (avg@4) |\n|---|---|---|---|---|")
     figures = {}
@@ -233,7 +241,7 @@ def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, l
 
 
 def main() -> None:
-    """Measure both sides in turn, print the tables, judge."""
+    """Measure both sides in turn, print the tables and whether the goals are met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
     parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])

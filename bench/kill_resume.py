@@ -1,10 +1,10 @@
-"""Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing had happened.
+"""Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing
+had happened.
 
     python bench/kill_resume.py [--kills 20] [--seed 0] [key.sub=value ...]        about 8 minutes on 2 cores
 
-Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times aside),
-rollout files and final weights must be identical. Exits with 1 on any difference.
-"""
+Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times
+aside), rollout files and final weights must be identical. Exits with 1 on any difference."""
 
 import argparse
 import json
@@ -67,7 +67,8 @@ def run_differences(straight: Path, broken: Path) -> list[str]:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> tuple[list[str], Counter]:
-    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere."""
+    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere.
+    """
     rng, hit, straight, broken = random.Random(seed), Counter(), folder / "straight", folder / "broken"
     with open(folder / "log.txt", "w") as log:
         assert start(straight, overrides, log).wait() == 0, f"see {folder / 'log.txt'}"

@@ -1,10 +1,11 @@
-"""Log-probs and entropies of 2,048 tokens from a head of 151,936 x 896, with gradients: memory and time.
+"""Log-probs and entropies of 2,048 tokens from a head of 151,936 x 896, with gradients: memory and
+time.
 
     python bench/logprob_memory.py [--tokens 2048] [--vocabulary 151936] [--rounds 3]
 
-`logprobs.fused_linear_logprobs` against a plain log-softmax of all logits, in turn, each in a process of its own. Extra memory
-is the peak above the tensors that go in and the gradients that come out.
-"""
+`logprobs.fused_linear_logprobs` against a plain log-softmax of all logits, in turn, each in a
+process of its own. Extra memory is the peak above the tensors that go in and the gradients that
+come out."""
 
 import argparse
 import json

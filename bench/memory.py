@@ -2,8 +2,8 @@
 
     python bench/memory.py        seconds on 2 cores; on a GPU, a larger model too
 
-Asks a GPU's allocator; follows each storage on a CPU. Prints tables, exits with 1 where a ratio is out of bounds.
-"""
+Asks a GPU's allocator; follows each storage on a CPU. Prints tables, exits with 1 where a ratio is
+out of bounds."""
 
 import io
 import pickle
@@ -61,7 +61,8 @@ class Storages(TorchDispatchMode):
 
 
 def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """A step of the trainer: forward and backward, without gradient checkpointing and then with it, and AdamW."""
+    """A step of the trainer: forward and backward, without gradient checkpointing and then with it,
+    and AdamW."""
     sizes = {}
     for term in ("activations, all kept", "activations, checkpointed"):
         model.zero_grad()
@@ -84,7 +85,8 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) -> dict[str, int]:
-    """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token) as they travel."""
+    """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token) as
+    they travel."""
     caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows, **_: ["abc " * len(r) for r in rows])
     rollout.DynamicCache = lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1]
     groups = rollout.transformers_generate(model, texts, prompts, [(i,) for i in range(len(prompts))],

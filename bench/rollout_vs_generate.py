@@ -2,20 +2,22 @@
 
     python bench/rollout_vs_generate.py [--models toy/base random] [--rounds 5]
 
-In turn, in one process, after a short warm-up of each; float32, temperature 1, n responses to a prompt. Counted are
-the tokens up to the EOS, which is included: what is computed for rows that have already stopped counts for nothing.
-Prints a Markdown table, and the ratio of the tokens a second; exits 1 where a model misses the goal.
+In turn, in one process, after a short warm-up of each; float32, temperature 1, n responses to a
+prompt. Counted are the tokens up to the EOS, which is included: what is computed for rows that have
+already stopped counts for nothing. Prints a Markdown table, and the ratio of the tokens a second;
+exits 1 where a model misses the goal.
 
-`random` is an untrained Llama of some 10M parameters, whose EOS has the same probability everywhere: lengths differ as
-much as they can, from 1 to the limit. Its batch is smaller, so that a round takes seconds. A trained policy is any
-model directory of the embedded task, as runs/toy/model.
+`random` is an untrained Llama of some 10M parameters, whose EOS has the same probability
+everywhere: lengths differ as much as they can, from 1 to the limit. Its batch is smaller, so that a
+round takes seconds. A trained policy is any model directory of the embedded task, as
+runs/toy/model.
 
-What the two return is not the same. Ours comes with log-probs, and with texts; the library is measured without both,
-and once more with log-probs its own way (`output_scores`, and then `compute_transition_scores`). The goal is judged by
-whichever of the two is quicker; who comes after whom makes a difference on a CPU, so the order rotates. The library
-runs the prompt once for each response, ours once for all n: part of the
-difference, and meant to be. Mean lengths are in the table, to show that both did the same work.
-"""
+What the two return is not the same. Ours comes with log-probs, and with texts; the library is
+measured without both, and once more with log-probs its own way (`output_scores`, and then
+`compute_transition_scores`). The goal is about whichever of the two is quicker; who comes after
+whom makes a difference on a CPU, so the order rotates. The library runs the prompt once for each
+response, ours once for all n: part of the difference, and meant to be. Mean lengths are in the
+table, to show that both did the same work."""
 
 import argparse
 import os
@@ -42,8 +44,8 @@ WAYS = ("rollout.py", "model.generate", "model.generate, log-probs")
 
 
 def random_model() -> LlamaForCausalLM:
-    """Untrained, and with a bias towards the EOS: lengths are geometric, with a mean of `MEAN_LENGTH` but for the cut.
-    """
+    """Untrained, and with a bias towards the EOS: lengths are geometric, with a mean of
+    `MEAN_LENGTH` but for the cut."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=2048, hidden_size=320, intermediate_size=1280, num_hidden_layers=5, num_attention_heads=5,
@@ -112,7 +114,7 @@ def measure(case: tuple, n: int, rounds: int) -> dict[str, list[tuple[float, flo
 
 
 def main() -> None:
-    """Measure each model, print the table, judge."""
+    """Measure each model, print the table and whether the goal is met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["toy/base", "random"], help="directories, or `random`")
     parser.add_argument("--rounds", type=int, default=5)

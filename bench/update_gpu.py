@@ -2,9 +2,9 @@
 
     python bench/update_gpu.py [--shape 0.5B 1.5B] [--rounds 5] [--tokens 1024]
 
-Random models of the shapes of Qwen2.5-0.5B and -1.5B, computing in bf16 (the larger one's weights are bf16 too, for its
-optimizer's sake); 64 to 1,024 response tokens behind prompts of 128; half of the responses an optimizer step.
-"""
+Random models of the shapes of Qwen2.5-0.5B and -1.5B, computing in bf16 (the larger one's weights
+are bf16 too, for its optimizer's sake); 64 to 1,024 response tokens behind prompts of 128; half of
+the responses an optimizer step."""
 
 import argparse
 import statistics

@@ -3,10 +3,10 @@
     python bench/update_vs_bare.py [--rounds 7] [key.sub=value ...]
 
 Real tokens a second, in turn. Ours: `train_dapo.update_policy` on all mini-batches of a step's real
-responses, with clipping, statistics, and optimizer steps. Bare: the same tokens cut into rows of the mean length, so that nothing is padded, in
-batches of as many; cross-entropy, no optimizer. And, to see how much of the difference is what: bare passes over
-the rows as they are, whose attention takes longer. Two models: the embedded task's, and one forty times as large.
-"""
+responses, with clipping, statistics, and optimizer steps. Bare: the same tokens cut into rows of
+the mean length, so that nothing is padded, in batches of as many; cross-entropy, no optimizer. And,
+to see how much of the difference is what: bare passes over the rows as they are, whose attention
+takes longer. Two models: the embedded task's, and one forty times as large."""
 
 import argparse
 import statistics
@@ -28,7 +28,8 @@ GOAL = 0.85
 
 
 def bare(state, samples) -> float:
-    """Tokens a second of forward and backward passes without padding and without RL, all rows of the mean length."""
+    """Tokens a second of forward and backward passes without padding and without RL, all rows of
+    the mean length."""
     stream = torch.cat([torch.tensor([*s.prompt_ids, *s.response_ids.tolist()]) for s in samples])
     length = round(len(stream) / len(samples))
     rows = stream[:len(stream) // length * length].view(-1, length).to(state.accelerator.device)
@@ -81,7 +82,8 @@ def ours(state, samples) -> float:
 
 
 def make_wide(folder: str) -> str:
-    """A directory with an untrained model of the base model's kind, vocabulary and tokenizer, forty times as large."""
+    """A directory with an untrained model of the base model's kind, vocabulary and tokenizer, forty
+    times as large."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained("toy/base", hidden_size=320, intermediate_size=1280, num_hidden_layers=5,
                                         num_attention_heads=5, num_key_value_heads=5, head_dim=64)

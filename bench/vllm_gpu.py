@@ -47,7 +47,8 @@ def seconds(function) -> float:
 
 
 def measure(folder: str, backend: str, tokens: int) -> dict:
-    """Start, first and later syncs, tokens a second, sleep and wake-up, and how far the log-probs are apart."""
+    """Start, first and later syncs, tokens a second, sleep and wake-up, and how far the log-probs
+    are apart."""
     from infra.batching import Sample
     from infra.config import load_config
     from infra.logprobs import compute_logprobs
@@ -73,16 +74,16 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
     write(0, 32)
     groups = []
     result["generate"] = seconds(lambda: groups.extend(write(1, tokens)))
-    written = [(ids, response) for ids, group in zip(prompts, groups, strict=True) for response in group]
-    result["tokens/s"] = sum(len(response.token_ids) for _, response in written) / result["generate"]
+    generated = [(ids, response) for ids, group in zip(prompts, groups, strict=True) for response in group]
+    result["tokens/s"] = sum(len(response.token_ids) for _, response in generated) / result["generate"]
     before = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
     free = [torch.cuda.mem_get_info()[0]] if torch.cuda.is_available() else [0]
     result["sleep"] = seconds(state.engine.sleep)
     free.append(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)
     result["freed GB"], result["reserved GB"] = (free[1] - free[0]) / 1e9, before / 1e9
-    samples = [Sample(ids, response.token_ids, 0.0) for ids, response in written[:64]]
+    samples = [Sample(ids, response.token_ids, 0.0) for ids, response in generated[:64]]
     ours = torch.cat(compute_logprobs(state, state.policy, samples))
-    theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in written[:64]])
+    theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in generated[:64]])
     result["difference"] = (ours - theirs).abs().mean().item()
     result["wake and sync"] = seconds(lambda: sync_weights(state))
     again = write(1, 64)
