@@ -1,6 +1,6 @@
-"""The embedded task with each way to write responses: start-up, and the phases of a step. Needs vLLM.
+"""The embedded task with each way to generate: start-up, and the phases of a step. Needs vLLM.
 
-    python bench/backends.py [--steps 8]
+    python bench/backends.py [--steps 8] [--ways transformers vllm "vllm server"]
 
 Prints a Markdown table. Each runs in a process of its own, one after the other.
 """
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -25,32 +24,30 @@ WAYS = {"transformers": ["rollout.backend=transformers"], "vllm": ["rollout.back
 
 
 def measure(overrides: list[str], steps: int) -> dict[str, float]:
-    """Seconds until the engine was there, and medians of a step's metrics."""
-    sys.path.insert(0, str(ROOT))
-    import infra.setup as run_module
-    import train_dapo
-    from infra.config import load_config
-    times, make_engine = [], run_module.make_engine
+    """Seconds until the engine was ready, and medians of a step's metrics."""
+    from harness import make_state, train  # puts the repository on the path
+
+    import infra.setup
+    times, make_engine = [], infra.setup.make_engine
 
     def timed(*arguments):
         start = time.perf_counter()
         engine = make_engine(*arguments)
         times.append(time.perf_counter() - start)
         return engine
-    run_module.make_engine = timed
+
+    infra.setup.make_engine = timed
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config("config.yaml", [*overrides, "val.file=", f"total_training_steps={steps}",
-                                             f"run_dir={folder}/run"])
-        run, data = run_module.setup(config)
-        run_module.sync_weights(run)
-        rows = [metrics for metrics, _, _ in train_dapo.train(run, data.train, Counter())]
-        run.engine.close()
+        state, data = make_state(*overrides, "val.file=", f"total_training_steps={steps}",
+                                 f"run_dir={folder}/run")
+        rows = train(state, data)
+        state.engine.close()
     names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/mismatch_abs"]
     return {"start": times[0], **{name: statistics.median(row[name] for row in rows) for name in names}}
 
 
 def serve() -> tuple[subprocess.Popen, float]:
-    """A server, and the seconds that it took to be there."""
+    """A server, and the seconds that it took to start."""
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base", "--port", str(PORT),
          "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"],
@@ -78,12 +75,12 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(WAYS[args.one], args.steps)))
         return
-    print("| responses by | start | step | writing | sync | tokens/s | sampler against trainer (mean log-prob "
-          "difference) |\n|---|---|---|---|---|---|---|")
+    print("| responses by | start | step | generation | sync | tokens/s | sampler against trainer "
+          "(mean log-prob difference) |\n|---|---|---|---|---|---|---|")
     for name in args.ways:
         server, start = serve() if name == "vllm server" else (None, None)
         result = subprocess.run([sys.executable, __file__, "--one", name, "--steps", str(args.steps)],
-                                capture_output=True, text=True, check=True)
+                                stdout=subprocess.PIPE, text=True, check=True)
         if server:
             os.killpg(server.pid, signal.SIGTERM)
         row = json.loads(result.stdout.splitlines()[-1])

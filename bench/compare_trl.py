@@ -1,4 +1,5 @@
-"""The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to a given accuracy.
+"""The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to
+a given accuracy.
 
     python bench/compare_trl.py --trl-python /tmp/trl_venv/bin/python [--repeats 3] [--parts speed accuracy]
 
@@ -9,27 +10,32 @@ TRL wants an environment of its own, and in it what this repository imports:
     /tmp/trl_venv/bin/pip install trl==1.16.0 transformers==5.19.0 accelerate==1.15.0 datasets pyyaml filelock \
         matplotlib httpx2 numpy==2.3.5
 
-Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and saving not counted:
+Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and
+saving not counted:
 
-speed: wall seconds of a rollout step (writing, scoring, update) by the responses it trains on, median of the steps
-after the first; without dynamic sampling, which TRL does not have, so that both do the same work.
+speed: wall seconds of a rollout step (generation, scoring, update) by the responses it trains on,
+median of the steps after the first; without dynamic sampling, which TRL does not have, so that both
+do the same work.
 
-accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, judged every 5 rollout steps by this
-repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling on. A run of TRL's that does not get
-there counts with the seconds until it was stopped; one of ours makes the goal missed.
+accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated every 5 rollout
+steps by this repository's `validate`, for both; ours with config.yaml as it is, dynamic sampling
+on. A run of TRL's that does not get there counts with the seconds until it was stopped; one of ours
+makes the goal missed.
 
-The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`), 32 prompts x 16
-responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's loss with its two clips, the AdamW
-object itself, its warm-up, weight decay on all weights, gradient clipping. TRL's defaults that would cost it time are
-off: gradient checkpointing, logging, progress bars, saving. Its micro-batch is `--micro-batch`; 128, a whole
-mini-batch, was its fastest of 128, 64 and 32.
+The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`),
+32 prompts x 16 responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's
+loss with its two clips, the AdamW object itself, its warm-up, weight decay on all weights, gradient
+clipping. TRL's defaults that would cost it time are off: gradient checkpointing, logging, progress
+bars, saving. Its micro-batch is `--micro-batch`; 128, a whole mini-batch, was its fastest of 128,
+64 and 32.
 
-Not the same, and TRL's own ways: it pads each micro-batch to the longest response of the whole step (here nearly always
-the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on with all rows until the last has ended;
-old log-probs are computed for all four mini-batches, ours for three; the loss divides by a quarter of the step's tokens
-rather than by the mini-batch's; advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers,
-so other prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous batching instead,
-which on a CPU is slower.
+Not the same, and TRL's own ways: it pads each micro-batch to the longest response of the whole step
+(here nearly always the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on
+with all rows until the last has ended; old log-probs are computed for all four mini-batches, ours
+for three; the loss divides by a quarter of the step's tokens rather than by the mini-batch's;
+advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers, so other
+prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous
+batching instead, which on a CPU is slower.
 
 Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
 """
@@ -43,92 +49,95 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"speed": 0.5, "accuracy": 0.6}
-SIDES, WARM_UP, JUDGE_EVERY = ("ours", "trl"), 1, 5
+SIDES, WARM_UP, EVALUATE_EVERY = ("ours", "trl"), 1, 5
 
 
-class Progress:
-    """What one process measures: a row for each rollout step, and the accuracies in between, off the clock."""
+class Stopwatch:
+    """What one process measures: a row for each rollout step, and the accuracies in between, off
+    the clock."""
 
-    def __init__(self, args: argparse.Namespace, judge: Callable[[], float]) -> None:
-        self.rows, self.accuracies, self.judge, self.target = [], {}, judge, args.target
-        self.judging = args.part == "accuracy"
-        self.limit = args.max_steps if self.judging else WARM_UP + args.steps
+    def __init__(self, args: argparse.Namespace, evaluate: Callable[[], float]) -> None:
+        self.rows, self.accuracies, self.evaluate, self.target = [], {}, evaluate, args.target
+        self.evaluating = args.part == "accuracy"
+        self.limit = args.max_steps if self.evaluating else WARM_UP + args.steps
         self.start = time.perf_counter()
 
     def after_step(self, **row) -> bool:
         """Take the time; returns whether this was the last step."""
         self.rows.append({"seconds": time.perf_counter() - self.start, **row})
         done = len(self.rows) == self.limit
-        if self.judging and len(self.rows) % JUDGE_EVERY == 0:
-            accuracy = self.accuracies[len(self.rows)] = self.judge()
+        if self.evaluating and len(self.rows) % EVALUATE_EVERY == 0:
+            accuracy = self.accuracies[len(self.rows)] = self.evaluate()
             done = done or accuracy >= self.target
         self.start = time.perf_counter()
         return done
 
 
-def run_ours(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+def run_ours(args: argparse.Namespace, state, prompts: list,
+             evaluate: Callable[[], float]) -> Stopwatch:
     """Train with `train_dapo.train`."""
+    from harness import train
+    from infra.data import Data
     from infra.setup import sync_weights
-    from train_dapo import train
-    sync_weights(run)
-    progress = Progress(args, judge)
-    for metrics, _, _ in train(run, [(1, prompts)], Counter()):
-        if progress.after_step(responses=metrics["groups/trained"] * run.config.rollout.n,
-                               acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]):
-            break
-    return progress
+    sync_weights(state)
+    stopwatch = Stopwatch(args, evaluate)
+    train(state, Data(prompts, {}), after_step=lambda metrics: stopwatch.after_step(
+        responses=metrics["groups/trained"] * state.config.rollout.n,
+        acc=metrics["acc/before_filter"], length=metrics["response_length/mean"]))
+    return stopwatch
 
 
-def run_trl(args: argparse.Namespace, run, prompts: list, judge: Callable[[], float]) -> Progress:
+def run_trl(args: argparse.Namespace, state, prompts: list,
+            evaluate: Callable[[], float]) -> Stopwatch:
     """Train the same policy, with the same optimizer, with TRL's GRPOTrainer."""
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainerCallback
     from trl import GRPOTrainer
-    config, seen = run.config, []
-    run.policy.set_attn_implementation("sdpa")  # not attention.py
-    if run.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
+    config, seen = state.config, []
+    state.policy.set_attn_implementation("sdpa")  # not block_sdpa
+    if state.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
         raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way
     updates = config.data.train_batch_size * config.rollout.n // config.actor.ppo_mini_batch_size
-    optimizer = run.optimizer.optimizer
+    optimizer = state.optimizer.optimizer
     schedule = LambdaLR(optimizer, lambda update: min(1.0, (update // updates + 1) / config.actor.lr_warmup_steps))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=run.policy, reward_funcs=make_reward(run, seen), args=trl_config(args, config, updates, folder),
+            model=state.policy, reward_funcs=make_reward(state, seen), args=trl_config(args, config, updates, folder),
             train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]),
-            processing_class=run.tokenizer, optimizers=(optimizer, schedule))
-        if trainer.accelerator.unwrap_model(trainer.model) is not run.policy:
-            raise SystemExit("TRL trains another model than the one that is judged")
+            processing_class=state.tokenizer, optimizers=(optimizer, schedule))
+        if trainer.accelerator.unwrap_model(trainer.model) is not state.policy:
+            raise SystemExit("TRL trains another model than the one that is evaluated")
 
         class Watch(TrainerCallback):
             """After each rollout step's last update: take the time."""
 
-            def on_step_end(self, arguments, state, control, **_):
-                if state.global_step % updates == 0:
+            def on_step_end(self, arguments, trainer_state, control, **_):
+                if trainer_state.global_step % updates == 0:
                     accs, lengths = zip(*seen, strict=True)
-                    control.should_training_stop = progress.after_step(
+                    control.should_training_stop = stopwatch.after_step(
                         responses=len(seen), acc=statistics.mean(accs), length=statistics.mean(lengths))
                     seen.clear()
         trainer.add_callback(Watch())
-        progress = Progress(args, judge)
+        stopwatch = Stopwatch(args, evaluate)
         trainer.train()
-    return progress
+    return stopwatch
 
 
-def make_reward(run, seen: list[tuple[float, int]]) -> Callable:
+def make_reward(state, seen: list[tuple[float, int]]) -> Callable:
     """Our reward as TRL calls it; accuracy and length of each response are left in `seen`."""
-    from reward import overlong_penalty
-    config = run.config
+    from reward import Task, overlong_penalty
+    config = state.config
 
     def reward(completions, completion_ids, answer, **_):
-        scores = [score for score, in run.judge([([text], right, {}) for text, right in
-                                                 zip(completions, answer, strict=True)])]
+        tasks = [Task([text], [len(ids)], right, {}) for text, ids, right
+                 in zip(completions, completion_ids, answer, strict=True)]
+        scores = [of_task[0] for of_task in state.scorer(tasks)]
         seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
         return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
                                                config.overlong_buffer.penalty_factor)
@@ -155,24 +164,24 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, verifier."""
+    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, scorer."""
     sys.path.insert(0, str(ROOT))
     from infra.config import load_config
     from infra.setup import setup
-    from train_dapo import validate
+    from evaluate import validate
     steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [
             f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
-            f"total_training_steps={steps}"])
-        run, data = setup(config)
-        ((_, prompts),), (val_prompts,) = data.train, data.val.values()
+            f"total_training_steps={steps}", *args.overrides])
+        state, data = setup(config)
+        prompts, (val_prompts,) = data.train, data.val.values()
 
-        def judge() -> float:
-            return validate(run, val_prompts).metrics[f"avg@{config.val.n}"]
-        progress = {"ours": run_ours, "trl": run_trl}[args.one](args, run, prompts, judge)
-    return {"rows": progress.rows, "accuracies": progress.accuracies}
+        def accuracy() -> float:
+            return validate(state, val_prompts).metrics[f"avg@{config.val.n}"]
+        stopwatch = {"ours": run_ours, "trl": run_trl}[args.one](args, state, prompts, accuracy)
+    return {"rows": stopwatch.rows, "accuracies": stopwatch.accuracies}
 
 
 def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> dict:
@@ -211,7 +220,8 @@ def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
 
 
 def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, list[float]]:
-    """Print the table of the second part; returns each side's seconds of training, infinite where ours fell short."""
+    """Print the table of the second part; returns each side's seconds of training, infinite where
+    ours fell short."""
     print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds a step | "
           "accuracies (avg@4) |\n|---|---|---|---|---|")
     figures = {}
@@ -231,7 +241,7 @@ def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, l
 
 
 def main() -> None:
-    """Measure both sides in turn, print the tables, judge."""
+    """Measure both sides in turn, print the tables and whether the goals are met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
     parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])
@@ -244,14 +254,15 @@ def main() -> None:
     parser.add_argument("--one", choices=SIDES, help="measure this side, and print JSON")
     parser.add_argument("--part", choices=GOALS, default="speed")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="with --one")
+    args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     if args.one:
         print(json.dumps(measure(args)))
         return
     if not args.trl_python:
         parser.error("--trl-python is needed; the docstring says how to make one")
-    verdicts, missed = [], False
+    results_text, missed = [], False
     for part in args.parts:
         results = {side: [] for side in SIDES}
         for seed in range(args.repeats):
@@ -261,10 +272,10 @@ def main() -> None:
         pairs = [ours / trl for ours, trl in zip(figures["ours"], figures["trl"], strict=True)]
         ratio = statistics.median(figures["ours"]) / statistics.median(figures["trl"])
         print(f"\n{part}: ours / TRL of each pair {', '.join(f'{pair:.2f}' for pair in pairs)}\n", flush=True)
-        verdicts.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
+        results_text.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
                         f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
         missed = missed or not ratio <= GOALS[part]
-    print(", ".join(verdicts))
+    print(", ".join(results_text))
     sys.exit(missed)
 
 

@@ -1,15 +1,18 @@
-"""The README's first command from a fresh clone, and naive GRPO beside it, for seeds 0, 1 and 2.
+"""The README's first command from a fresh clone, and naive GRPO beside it, for several seeds.
 
-    python bench/embedded.py [--keep]       about 20 minutes on 2 cores
+    python bench/embedded.py [--keep] [--seeds 0 1 2] [--here] [key.sub=value ...]
 
-`--keep` puts the pictures of seed 0 into docs/.
+`--keep` puts the pictures of seed 0 into docs/. Each seed gets a clone and a virtual environment of
+its own, with nothing cached by pip; with `--here`, this checkout and this environment.
 
-Each seed gets a clone and a virtual environment of its own, with nothing cached by pip. Prints a table in
-Markdown, and exits with 1 where a goal is missed.
+Prints a table in Markdown, and exits with 1 if a goal is missed.
 """
 
+import argparse
 import json
+import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,12 +25,13 @@ NAIVE_GRPO = ("filter_groups.enable=false overlong_buffer.enable=false actor.cli
 GOALS = {"before": 0.40, "after": 0.90, "length": 2.0, "minutes": 8.0}
 
 
-def shell(command: str, folder: Path) -> float:
-    """Run a command line in `folder`, its output to a log beside it; the seconds that it took."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+def shell(command: str, clone: Path, folder: Path) -> float:
+    """Run a command line in `clone`, its output to `folder/log.txt`; the seconds that it took."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     start = time.perf_counter()
-    with open(folder.parent / "log.txt", "a") as log:
-        subprocess.run(["bash", "-c", command], cwd=folder, check=True, stdout=log, stderr=log,
+    with open(folder / "log.txt", "a") as log:
+        subprocess.run(["bash", "-c", command], cwd=clone, check=True, stdout=log, stderr=log,
                        env=environment | {"PIP_NO_CACHE_DIR": "1"})
     return time.perf_counter() - start
 
@@ -36,41 +40,61 @@ def read_run(run_dir: Path) -> dict[str, float]:
     """First and last validation of a run, and what it generated."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0], rows[-1]
+    at_10 = [row["val/val/avg@4"] for row in rows if row["step"] == 10 and "val/val/avg@4" in row]
     return {"before": first["val/val/avg@4"], "after": last["val/val/avg@4"],
-            "step 10": next(row["val/val/avg@4"] for row in rows if row["step"] == 10),
-            "length before": first["val/val/response_length"], "length after": last["val/val/response_length"],
+            "step 10": at_10[0] if at_10 else math.nan,
+            "length before": first["val/val/response_length"],
+            "length after": last["val/val/response_length"],
             "responses": sum(row.get("responses/generated", 0) for row in rows),
             "training s": sum(row.get("time/step", 0) for row in rows)}
 
 
+def run_seed(seed: int, folder: Path, args: argparse.Namespace) -> tuple[dict, dict, float]:
+    """DAPO's run and naive GRPO's, and the seconds that the first took, with the installation."""
+    overrides = f"seed={seed} {shlex.join(args.overrides)}"
+    launch = f"accelerate launch train_dapo.py --config config.yaml {overrides}"
+    clone, prepare, activate, install = ROOT, "", "", ""
+    if not args.here:
+        clone = folder / "clone"
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        prepare, activate = f"{sys.executable} -m venv {folder}/venv", f". {folder}/venv/bin/activate; "
+        install = "pip install -r requirements.txt && "
+    shell(prepare, clone, folder)
+    seconds = shell(f"{activate}{install}{launch} run_dir={folder}/dapo", clone, folder)
+    shell(f"{activate}{launch} run_dir={folder}/grpo {NAIVE_GRPO}", clone, folder)
+    if args.keep and seed == 0:
+        shell(f"{activate}cd {folder} && python {ROOT}/plot.py dapo grpo --out "
+              f"{ROOT}/docs/dapo_grpo.png && cp dapo/curves.png {ROOT}/docs", clone, folder)
+    return read_run(folder / "dapo"), read_run(folder / "grpo"), seconds
+
+
 def main() -> None:
-    """Run, print, judge."""
-    missed = []
-    print("| | seed | avg@4 before | at step 10 | after | length before | after | responses generated | "
-          "seconds in steps | minutes, install included |\n|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    for seed in range(3):
+    """Run, print the table and whether the goals are met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--here", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args, missed = parser.parse_intermixed_args(), []
+    print("| | seed | avg@4 before | at step 10 | after | length before | after | responses generated"
+          " | seconds in steps | minutes, installation included |\n|---|---|---|---|---|---|---|---|---|"
+          "---|", flush=True)
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            clone, activate = Path(folder) / "clone", "source ../venv/bin/activate && "
-            subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-            shell(f"{sys.executable} -m venv ../venv", clone)
-            launch = "accelerate launch train_dapo.py --config config.yaml"
-            seconds = shell(f"{activate} pip install -r requirements.txt && {launch} seed={seed}", clone)
-            dapo = read_run(clone / "runs/toy")
-            shell(f"{activate} {launch} seed={seed} run_dir=runs/grpo {NAIVE_GRPO}", clone)
-            grpo = read_run(clone / "runs/grpo")
-            if "--keep" in sys.argv and seed == 0:
-                shell(f"{activate} python plot.py runs/toy runs/grpo --out {ROOT / 'docs/dapo_grpo.png'}", clone)
-                shell(f"cp runs/toy/curves.png {ROOT / 'docs/curves.png'}", clone)
+            dapo, grpo, seconds = run_seed(seed, Path(folder), args)
         for name, run in (("DAPO", dapo), ("naive GRPO", grpo)):
-            print(f"| {name} | {seed} | {run['before']:.3f} | {run['step 10']:.3f} | {run['after']:.3f} | "
-                  f"{run['length before']:.1f} | {run['length after']:.1f} | {run['responses']:.0f} | "
-                  f"{run['training s']:.0f} | {f'{seconds / 60:.1f}' if run is dapo else ''} |", flush=True)
-        reached = {"before": dapo["before"] <= GOALS["before"], "after": dapo["after"] >= GOALS["after"],
+            minutes = f"{seconds / 60:.1f}" if run is dapo else ""
+            print(f"| {name} | {seed} | {run['before']:.3f} | {run['step 10']:.3f} | "
+                  f"{run['after']:.3f} | {run['length before']:.1f} | {run['length after']:.1f} | "
+                  f"{run['responses']:.0f} | {run['training s']:.0f} | {minutes} |", flush=True)
+        reached = {"before": dapo["before"] <= GOALS["before"],
+                   "after": dapo["after"] >= GOALS["after"],
                    "length": dapo["length after"] >= GOALS["length"] * dapo["length before"],
                    "minutes": seconds / 60 <= GOALS["minutes"]}
         missed += [f"seed {seed}: {name}" for name, ok in reached.items() if not ok]
     print(f"\ngoals: before at most {GOALS['before']}, after at least {GOALS['after']}, length times "
-          f"{GOALS['length']}, {GOALS['minutes']} minutes" + "".join(f"; missed: {name}" for name in missed))
+          f"{GOALS['length']}, {GOALS['minutes']} minutes"
+          + "".join(f"; missed: {name}" for name in missed))
     sys.exit(bool(missed))
 
 

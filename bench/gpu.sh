@@ -44,7 +44,7 @@ runs = {}
 for name in ("plain", "fsdp2", "bf16", "offload"):
     file = pathlib.Path(sys.argv[1]) / f"{name}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [{}]
-    print(name, *(f"{row.get('actor/loss', 0):.6f}/{row.get('actor/grad_norm', 0):.5f}/{row.get('actor/rollout_diff', 0):.1e}" for row in rows[1:4]),
+    print(name, *(f"{row.get('actor/loss', 0):.6f}/{row.get('actor/grad_norm', 0):.5f}/{row.get('actor/mismatch_abs', 0):.1e}" for row in rows[1:4]),
           "accuracy", rows[0].get("val/val/avg@4"), "->", rows[-1].get("val/val/avg@4"), "seconds a step", rows[-1].get("time/step"))
     runs[name] = [row.get("actor/loss", 0) for row in rows[1:4]]
 good = all(abs(a - b) < 1e-5 for name in ("fsdp2", "offload") for a, b in zip(runs["plain"], runs[name], strict=True))

@@ -1,10 +1,10 @@
-"""Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing had happened.
+"""Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing
+had happened.
 
     python bench/kill_resume.py [--kills 20] [--seed 0] [key.sub=value ...]        about 8 minutes on 2 cores
 
-Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times aside),
-rollout files and final weights must be identical. Exits with 1 on any difference.
-"""
+Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times
+aside), rollout files and final weights must be identical. Exits with 1 on any difference."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def half_written(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(".step_*.partial"))
 
 
-def config_diff(straight: Path, broken: Path) -> list[str]:
+def run_differences(straight: Path, broken: Path) -> list[str]:
     """What is not identical in two runs' directories."""
     found = [] if rows(straight) == rows(broken) else ["metrics.jsonl"]
     files = {path.relative_to(straight) for path in [*straight.glob("rollouts/*"), *straight.glob("model/*")]}
@@ -67,7 +67,8 @@ def config_diff(straight: Path, broken: Path) -> list[str]:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> tuple[list[str], Counter]:
-    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere."""
+    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere.
+    """
     rng, hit, straight, broken = random.Random(seed), Counter(), folder / "straight", folder / "broken"
     with open(folder / "log.txt", "w") as log:
         assert start(straight, overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
@@ -84,7 +85,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -
         finished = (broken / f"checkpoints/step_{last:05d}").exists()
         if not finished and start(broken, overrides, log).wait() != 0:
             return ["the last start, which did not end well"], hit
-    return config_diff(straight, broken), hit
+    return run_differences(straight, broken), hit
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Log-probs and entropies of 2,048 tokens from a head of 151,936 x 896, with gradients: memory and time.
+"""Log-probs and entropies of 2,048 tokens from a head of 151,936 x 896, with gradients: memory and
+time.
 
-    python bench/logprob_memory.py [--tokens 2048] [--rounds 3]
+    python bench/logprob_memory.py [--tokens 2048] [--vocabulary 151936] [--rounds 3]
 
-`losses.fused_linear_logprobs` against a plain log-softmax of all logits, in turn, each in a process of its own. Extra memory
-is the peak above the tensors that go in and the gradients that come out.
-"""
+`logprobs.fused_linear_logprobs` against a plain log-softmax of all logits, in turn, each in a
+process of its own. Extra memory is the peak above the tensors that go in and the gradients that
+come out."""
 
 import argparse
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-VOCABULARY, WIDTH = 151_936, 896
+WIDTH = 896
 MEMORY_GOAL, TIME_GOAL = 1 / 8, 1.3
 
 
@@ -28,16 +29,16 @@ def plain(hidden, weight, tokens):
     return logprobs.gather(-1, tokens[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
-def measure(way: str, tokens: int) -> dict[str, float]:
+def measure(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     """Extra bytes at the peak, and seconds of a forward and backward pass, the second of two."""
     sys.path.insert(0, str(ROOT))
-    from losses import fused_linear_logprobs
+    from infra.logprobs import fused_linear_logprobs
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     hidden = torch.empty(tokens, WIDTH, device=device, dtype=dtype).normal_().requires_grad_()
-    weight = torch.empty(VOCABULARY, WIDTH, device=device, dtype=dtype).normal_(std=WIDTH**-0.5).requires_grad_()
-    targets = torch.randint(VOCABULARY, (tokens,), device=device)
+    weight = torch.empty(vocabulary, WIDTH, device=device, dtype=dtype).normal_(std=WIDTH**-0.5).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=device)
     function = plain if way == "plain" else fused_linear_logprobs
     for x in (hidden, weight):
         x.grad = torch.ones_like(x)  # room for the gradients, which both ways need
@@ -60,16 +61,18 @@ def main() -> None:
     """Measure both in turn, print a table, and whether the goals are met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=("plain", "chunks"), help="measure this one, and print JSON")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.tokens)))
+        print(json.dumps(measure(args.one, args.tokens, args.vocabulary)))
         return
     rows = {"plain": [], "chunks": []}
     for _ in range(args.rounds):
         for way, found in rows.items():
-            result = subprocess.run([sys.executable, __file__, "--one", way, "--tokens", str(args.tokens)],
+            result = subprocess.run([sys.executable, __file__, "--one", way, "--tokens",
+                                     str(args.tokens), "--vocabulary", str(args.vocabulary)],
                                     capture_output=True, text=True, check=True)
             found.append(json.loads(result.stdout))
     print("| way | extra memory (GB) | seconds, median | least and most |\n|---|---|---|---|")

@@ -2,8 +2,8 @@
 
     python bench/memory.py        seconds on 2 cores; on a GPU, a larger model too
 
-Asks a GPU's allocator; follows each storage on a CPU. Prints tables, exits with 1 where a ratio is out of bounds.
-"""
+Asks a GPU's allocator; follows each storage on a CPU. Prints tables, exits with 1 where a ratio is
+out of bounds."""
 
 import io
 import pickle
@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import losses
+from infra import logprobs
 import rollout
-from sampling import Sample, collate
+from infra.batching import Sample, collate
+from rollout import SamplingParams
 
 ON_GPU, EXACT, LOOSE = torch.cuda.is_available(), (0.9, 1.1), (0.8, 1.25)
 SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16, "T": 112, "n": 8}
@@ -60,12 +61,13 @@ class Storages(TorchDispatchMode):
 
 
 def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """A step of the trainer: forward and backward, without gradient checkpointing and then with it, and AdamW."""
+    """A step of the trainer: forward and backward, without gradient checkpointing and then with it,
+    and AdamW."""
     sizes = {}
     for term in ("activations, all kept", "activations, checkpointed"):
         model.zero_grad()
         with Storages() as storages:
-            loss = losses.response_logprobs(model, batch)[0].sum()
+            loss = logprobs.response_logprobs(model, batch)[0].sum()
             sizes[term] = storages.read()[0]
             loss.backward()
             sizes["gradients"] = storages.read()[0]
@@ -73,7 +75,7 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     with Storages() as storages:
         hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device, dtype=model.dtype,
                              requires_grad=True)
-        losses.fused_linear_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
+        logprobs.fused_linear_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
         sizes["head: gradient, chunk of logits, tokens"] = storages.read()[1]
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
@@ -83,17 +85,19 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) -> dict[str, int]:
-    """The cache that `rollout.generate` fills, and its responses (4 bytes of text a token) as they travel."""
+    """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token) as
+    they travel."""
     caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows, **_: ["abc " * len(r) for r in rows])
     rollout.DynamicCache = lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1]
-    groups = rollout.generate(model, texts, prompts, [(i,) for i in range(len(prompts))], n, max_tokens, 1.0)
+    groups = rollout.transformers_generate(model, texts, prompts, [(i,) for i in range(len(prompts))],
+                                           SamplingParams(n, max_tokens))
     return {"KV cache": sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers),
-            "responses exchanged": len(pickle.dumps(rollout.pack(groups)))}
+            "responses exchanged": len(pickle.dumps(rollout.serialize(groups)))}
 
 
 def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     """Print a model's table; whether every ratio is within its bounds."""
-    losses.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16  # as small beside the logits as in a large run
+    logprobs.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16  # as small beside the logits as in a large run
     config = Qwen2Config(vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.I, num_hidden_layers=shape.L,
                          num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads)
     with torch.device("cuda" if ON_GPU else "cpu") as device, Storages() as storages:
@@ -104,7 +108,7 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     sizes |= measure_training(model, batch) | measure_rollout(model, ids[:, :shape.P].tolist(), shape.n, shape.T)
     summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10  # in float32; of bfloat16, a chunk's part beside it
     symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads, "M": ids.numel(),
-               "C": losses.CHUNK_ELEMENTS, "W": summed, "N": sum(p.numel() for p in model.parameters())}
+               "C": logprobs.CHUNK_ELEMENTS, "W": summed, "N": sum(p.numel() for p in model.parameters())}
     print(f"\n{dtype}: " + ", ".join(f"{k} {v}" for k, v in symbols.items()),
           "\n| term | formula | predicted bytes | measured bytes | ratio |\n|---|---|---|---|---|", sep="\n")
     predicted = {term: eval(formula, {}, symbols) for term, (formula, _) in TERMS.items()}

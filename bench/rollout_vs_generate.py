@@ -1,21 +1,23 @@
-"""How fast are responses written? `rollout.generate` against the library's own `model.generate`.
+"""Speed of rollouts: `rollout.transformers_generate` against the library's own `model.generate`.
 
     python bench/rollout_vs_generate.py [--models toy/base random] [--rounds 5]
 
-In turn, in one process, after a short warm-up of each; float32, temperature 1, n responses to a prompt. Counted are
-the tokens up to the EOS, which is included: what is computed for rows that have already stopped counts for nothing.
-Prints a Markdown table, and the ratio of the tokens a second; exits 1 where a model misses the goal.
+In turn, in one process, after a short warm-up of each; float32, temperature 1, n responses to a
+prompt. Counted are the tokens up to the EOS, which is included: what is computed for rows that have
+already stopped counts for nothing. Prints a Markdown table, and the ratio of the tokens a second;
+exits 1 where a model misses the goal.
 
-`random` is an untrained Llama of some 10M parameters, whose EOS has the same probability everywhere: lengths differ as
-much as they can, from 1 to the limit. Its batch is smaller, so that a round takes seconds. A trained policy is any
-model directory of the embedded task, as runs/toy/model.
+`random` is an untrained Llama of some 10M parameters, whose EOS has the same probability
+everywhere: lengths differ as much as they can, from 1 to the limit. Its batch is smaller, so that a
+round takes seconds. A trained policy is any model directory of the embedded task, as
+runs/toy/model.
 
-What the two return is not the same. Ours comes with log-probs, and with texts; the library is measured without both,
-and once more with log-probs its own way (`output_scores`, and then `compute_transition_scores`). The goal is judged by
-whichever of the two is quicker; who comes after whom makes a difference on a CPU, so the order rotates. The library
-runs the prompt once for each response, ours once for all n: part of the
-difference, and meant to be. Mean lengths are in the table, to show that both did the same work.
-"""
+What the two return is not the same. Ours comes with log-probs, and with texts; the library is
+measured without both, and once more with log-probs its own way (`output_scores`, and then
+`compute_transition_scores`). The goal is about whichever of the two is quicker; who comes after
+whom makes a difference on a CPU, so the order rotates. The library runs the prompt once for each
+response, ours once for all n: part of the difference, and meant to be. Mean lengths are in the
+table, to show that both did the same work."""
 
 import argparse
 import os
@@ -33,17 +35,17 @@ import transformers  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from rollout import generate  # noqa: E402
 from infra.config import load_config  # noqa: E402
-from infra.data import load_prompts  # noqa: E402
+from infra.data import load_data  # noqa: E402
+from rollout import SamplingParams, transformers_generate  # noqa: E402
 
 GOAL, EOS, MEAN_LENGTH = 1.5, 0, 64
-WAYS = ("rollout.generate", "model.generate", "model.generate, log-probs")
+WAYS = ("rollout.py", "model.generate", "model.generate, log-probs")
 
 
 def random_model() -> LlamaForCausalLM:
-    """Untrained, and with a bias towards the EOS: lengths are geometric, with a mean of `MEAN_LENGTH` but for the cut.
-    """
+    """Untrained, and with a bias towards the EOS: lengths are geometric, with a mean of
+    `MEAN_LENGTH` but for the cut."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=2048, hidden_size=320, intermediate_size=1280, num_hidden_layers=5, num_attention_heads=5,
@@ -63,17 +65,19 @@ def load_case(name: str, args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained("toy/base" if is_random else name)
     model = random_model() if is_random else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     count = args.random_prompts if is_random else args.prompts
-    prompts, _ = load_prompts("toy/train.jsonl", tokenizer, load_config("config.yaml").data, max_prompts=count)
+    config = load_config("config.yaml", ["data.train_file=toy/train.jsonl", "val.file="])
+    prompts = load_data(config, tokenizer, lambda line: None, True).train[:count]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (model.to(device).eval(), tokenizer, [prompt.token_ids for prompt in prompts],
             args.random_max_tokens if is_random else args.max_tokens)
 
 
-def write(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_tokens: int, seed: int) -> list[int]:
-    """Write n responses to each prompt, one of the three ways, and return their lengths."""
-    if way == "rollout.generate":
-        groups = generate(model, tokenizer, prompts, [(seed, i) for i in range(len(prompts))], n, max_tokens, 1.0,
-                          max_num_seqs=n * len(prompts))
+def sample_lengths(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_tokens: int, seed: int) -> list[int]:
+    """Lengths of n responses to each prompt, generated one of the three ways."""
+    if way == "rollout.py":
+        groups = transformers_generate(model, tokenizer, prompts,
+                                       [(seed, i) for i in range(len(prompts))],
+                                       SamplingParams(n, max_tokens), max_num_seqs=n * len(prompts))
         return [len(response.token_ids) for group in groups for response in group]
     torch.manual_seed(seed)
     ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left", padding_value=EOS)
@@ -99,18 +103,18 @@ def measure(case: tuple, n: int, rounds: int) -> dict[str, list[tuple[float, flo
     model, tokenizer, prompts, max_tokens = case
     rows = defaultdict(list)
     for way in WAYS:
-        write(way, model, tokenizer, prompts[:4], n, max_tokens, rounds)
+        sample_lengths(way, model, tokenizer, prompts[:4], n, max_tokens, rounds)
     for seed in range(rounds):
         for way in WAYS[seed % 3:] + WAYS[:seed % 3]:
             start = time.perf_counter()
-            lengths = write(way, model, tokenizer, prompts, n, max_tokens, seed)
+            lengths = sample_lengths(way, model, tokenizer, prompts, n, max_tokens, seed)
             seconds = time.perf_counter() - start
             rows[way].append((sum(lengths) / seconds, statistics.mean(lengths), seconds))
     return rows
 
 
 def main() -> None:
-    """Measure each model, print the table, judge."""
+    """Measure each model, print the table and whether the goal is met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["toy/base", "random"], help="directories, or `random`")
     parser.add_argument("--rounds", type=int, default=5)
@@ -123,7 +127,7 @@ def main() -> None:
     os.chdir(ROOT)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    print("| model | parameters | responses x most tokens | written by | tokens/s, median (least to most) | seconds | "
+    print("| model | parameters | responses x most tokens | generated by | tokens/s, median (least to most) | seconds | "
           "mean length | ours / this |\n|---|---|---|---|---|---|---|---|")
     ratios = {}
     for name in args.models:

@@ -2,10 +2,10 @@
 
     python bench/run_all.py [--only waste scaling] [--list]
 
-RESULTS.md is the list: below each command stands, between two comments, what it printed and where. This runs the
-commands one after the other (never two at once: they would slow each other), and puts in what they print now; all
-else on that page stays. A command that fails leaves its section as it is. Exits 1 where one failed, or missed its goal.
-"""
+RESULTS.md is the list: below each command stands, between two comments, what it printed and where.
+This runs the commands one after the other (never two at once: they would slow each other), and puts
+in what they print now; all else on that page stays. A command that fails leaves its section as it
+is. Exits 1 where one failed, or missed its goal."""
 
 import argparse
 import os
@@ -41,15 +41,15 @@ def circumstances() -> str:
 
 
 def measure(command: str) -> tuple[str, bool]:
-    """What a command prints, from its first table on, if it has one; and whether it reached its goal. Raises OSError
-    where it did not come to that."""
+    """What a command prints, from its first table on, if it has one; and whether it reached its
+    goal. Raises OSError where it did not come to that."""
     words = shlex.split(command)
     settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [sys.executable, *words[len(settings) + 1:]]  # its `python` is this one
     result = subprocess.run(words, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False)
     printed = result.stdout[("\n" + result.stdout).find("\n|"):] if "\n|" in "\n" + result.stdout else result.stdout
     if "goal" not in printed.strip().rpartition("\n")[2]:
-        raise OSError(f"{command}: exit code {result.returncode} without a verdict")
+        raise OSError(f"{command}: exit code {result.returncode} without a line about its goal")
     return printed.strip(), result.returncode == 0
 
 
@@ -63,23 +63,23 @@ def main() -> None:
                 if any(part in command for part in args.only)]
     if args.list or not commands:
         sys.exit("\n".join(commands) or f"error: no command has {' or '.join(args.only)} in it: see --list")
-    verdicts, where = [], circumstances()
+    outcomes, where = [], circumstances()
     for command in tqdm(commands, desc="benchmarks"):
         try:
             printed, reached = measure(command)
         except OSError as error:
-            verdicts.append((False, f"FAILED {error}"))
+            outcomes.append((False, f"FAILED {error}"))
             continue
-        table, _, verdict = printed.rpartition("\n")
-        verdict = f"{verdict}: {'reached' if reached else '**missed**'}."
-        verdicts.append((reached, f"{command}\n    {verdict}"))
-        section = (f"```bash\n{command}\n```\n\n<!-- printed -->\n{table.strip()}\n\n{verdict}\n\n{where}\n"
+        table, _, goal = printed.rpartition("\n")
+        goal = f"{goal}: {'reached' if reached else '**missed**'}."
+        outcomes.append((reached, f"{command}\n    {goal}"))
+        section = (f"```bash\n{command}\n```\n\n<!-- printed -->\n{table.strip()}\n\n{goal}\n\n{where}\n"
                    "<!-- end -->")
         page = PAGE.read_text(encoding="utf-8")
         (before,) = (match[0] for match in SECTION.finditer(page) if match[1] == command)
         PAGE.write_text(page.replace(before, section), encoding="utf-8")
-    print("\n".join(text for _, text in verdicts))
-    sys.exit(not all(reached for reached, _ in verdicts))
+    print("\n".join(text for _, text in outcomes))
+    sys.exit(not all(reached for reached, _ in outcomes))
 
 
 if __name__ == "__main__":

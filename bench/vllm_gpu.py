@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SHAPES = {"tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+SHAPES = {"tiny": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "intermediate_size": 256, "tie_word_embeddings": True},
           "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
                    "intermediate_size": 4864, "tie_word_embeddings": True},
@@ -30,8 +30,8 @@ def make_model(shape: str, folder: Path) -> None:
     """A random model, with the toy's tokenizer: its ids are all that the prompts need."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=151936, max_position_embeddings=4096, eos_token_id=0, pad_token_id=0,
-                         **SHAPES[shape])
+    config = Qwen2Config(**{"vocab_size": 151936, "max_position_embeddings": 4096,
+                            "eos_token_id": 0, "pad_token_id": 0, **SHAPES[shape]})
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "toy/base").save_pretrained(folder)
@@ -47,10 +47,13 @@ def seconds(function) -> float:
 
 
 def measure(folder: str, backend: str, tokens: int) -> dict:
-    """Start, first and later syncs, tokens a second, rest and wake-up, and how far the log-probs are apart."""
+    """Start, first and later syncs, tokens a second, sleep and wake-up, and how far the log-probs
+    are apart."""
+    from infra.batching import Sample
     from infra.config import load_config
+    from infra.logprobs import compute_logprobs
     from infra.setup import setup, sync_weights
-    from train_dapo import Sample, compute_logprobs
+    from rollout import SamplingParams
     config = load_config("config.yaml", [
         f"model.path={folder}", "model.dtype=bfloat16", "mixed_precision=bf16", "val.file=",
         f"rollout.backend={backend}",
@@ -58,29 +61,31 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
         "overlong_buffer.enable=false"])
     result, holder = {"backend": backend}, []
     result["start"] = seconds(lambda: holder.append(setup(config)))
-    run = holder[0][0]
-    result["first sync"] = seconds(lambda: sync_weights(run))
-    result["sync"] = min(seconds(lambda: sync_weights(run)) for _ in range(3))
+    state = holder[0][0]
+    result["first sync"] = seconds(lambda: sync_weights(state))
+    result["sync"] = min(seconds(lambda: sync_weights(state)) for _ in range(3))
     torch.manual_seed(1)
-    prompts = torch.randint(1, 150_000, (PROMPTS, PROMPT_TOKENS)).tolist()
+    prompts = torch.randint(1, state.policy.config.vocab_size, (PROMPTS, PROMPT_TOKENS)).tolist()
 
     def write(seed: int, limit: int) -> list:
-        return run.engine.write(prompts, [(seed, i) for i in range(PROMPTS)], N, limit, 1.0, 1.0, "")
+        seeds = [(seed, i) for i in range(PROMPTS)]
+        return state.engine.generate(prompts, seeds, SamplingParams(N, limit))
+
     write(0, 32)
     groups = []
     result["generate"] = seconds(lambda: groups.extend(write(1, tokens)))
-    written = [(ids, response) for ids, group in zip(prompts, groups, strict=True) for response in group]
-    result["tokens/s"] = sum(len(response.token_ids) for _, response in written) / result["generate"]
+    generated = [(ids, response) for ids, group in zip(prompts, groups, strict=True) for response in group]
+    result["tokens/s"] = sum(len(response.token_ids) for _, response in generated) / result["generate"]
     before = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
     free = [torch.cuda.mem_get_info()[0]] if torch.cuda.is_available() else [0]
-    result["rest"] = seconds(run.engine.rest)
+    result["sleep"] = seconds(state.engine.sleep)
     free.append(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)
     result["freed GB"], result["reserved GB"] = (free[1] - free[0]) / 1e9, before / 1e9
-    samples = [Sample(ids, response.token_ids, 0.0) for ids, response in written[:64]]
-    ours = torch.cat(compute_logprobs(run, run.policy, samples))
-    theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in written[:64]])
+    samples = [Sample(ids, response.token_ids, 0.0) for ids, response in generated[:64]]
+    ours = torch.cat(compute_logprobs(state, state.policy, samples))
+    theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in generated[:64]])
     result["difference"] = (ours - theirs).abs().mean().item()
-    result["wake and sync"] = seconds(lambda: sync_weights(run))
+    result["wake and sync"] = seconds(lambda: sync_weights(state))
     again = write(1, 64)
     pairs = [(a.token_ids[:64], b.token_ids[:64]) for x, y in zip(groups, again, strict=True)
              for a, b in zip(x, y, strict=True)]

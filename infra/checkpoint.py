@@ -5,9 +5,11 @@
                                        number of ranks can read them
                         progress.json  counters, config and evaluations so far
                         digests.json   SHA-256 of every other file
+    RUN_DIR/branch.json                the checkpoint of another run that this one branches off, and
+                                       the keys of the config that differ
 
-Each is written under a temporary name and renamed when it is complete. There is no generator and no
-scheduler to save: every random draw and the learning rate are functions of the seed and counters.
+A checkpoint is written under a temporary name and renamed when it is complete. No generator and no
+scheduler is saved: every random draw and the learning rate are functions of the seed and counters.
 """
 
 import hashlib
@@ -15,7 +17,8 @@ import json
 import shutil
 import uuid
 import warnings
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +27,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 
 from evaluate import Evaluation, Evaluations
 from infra.config import config_diff, flatten, load_config
@@ -49,44 +48,55 @@ COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "em
 class Progress:
     """How far a run is: the `COUNTERS` (all 0 at the start), `evaluations` of the validation sets,
     `identity`, the config and a hash of the prompts that checkpoints belong to."""
-    counters: dict[str, float]
-    evaluations: Evaluations
-    identity: dict
+    counters: Counter = field(default_factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
+    evaluations: Evaluations = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
 
 
 # ---- the directory of a run ----------------------------------------------------------------------
 
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
-    run_dir, resume, file = Path(config.run_dir), config.resume, Path(config.run_dir, "config.yaml")
+    run_dir, file = Path(config.run_dir), Path(config.run_dir, "config.yaml")
     rows, checkpoints = read_metrics(run_dir), list_checkpoints(run_dir)
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
-    started = load_config(file) if file.exists() and (rows or checkpoints) else None
-    named = resume not in ("auto", "never")
-    if named and not (Path(resume) / "progress.json").exists():
-        raise ValueError(f"resume: {resume} is not auto, never or a checkpoint's directory")
-    other_origin = named and started and started.resume != resume
-    if (rows or checkpoints) and (resume == "never" or other_origin):
+    named, recorded = branch_origins(config)
+    origin = named or recorded
+    needed = not checkpoints or named not in (None, recorded)
+    if origin and needed and not (origin / "progress.json").exists():
+        raise ValueError(f"resume: {origin} is not auto, never or a checkpoint's directory")
+    if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
-    sources = checkpoints or ([Path(resume)] if named else [])
+    sources = checkpoints or [origin] * bool(origin)
     metadata = next((found for path in sources if (found := read_metadata(path))), None)
     step = metadata["counters"]["step"] if metadata else 0
-    lost = rows and not checkpoints and (rows[-1]["step"] > step + config.save_every
-                                         or (run_dir / "model").exists())
-    if lost:
+    if rows and not checkpoints and (rows[-1]["step"] > step + config.save_every
+                                     or (run_dir / "model").exists()):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to resume "
                          f"from; {hint}")
     if step >= config.total_training_steps:
         raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
                          f"{config.total_training_steps} to train on, or {hint}")
-    # A run that branches off a named checkpoint into a new directory may change any key.
-    before = metadata["config"] if checkpoints and metadata else flatten(started) if started else {}
-    if before and (changed := config_diff(before, config)):
+    earlier = {}  # a new directory: a run that branches off may change any key
+    if checkpoints and metadata:
+        earlier = metadata["config"]
+    elif rows and file.exists():
+        earlier = flatten(load_config(file))
+    if earlier and (changed := config_diff(earlier, config)):
+        branch = f"; or branch off: resume={checkpoints[0]} run_dir={unused}" if checkpoints else ""
         raise ValueError(f"{(checkpoints or [run_dir])[0]} has another config "
-                         f"({', '.join(changed)}): undo that; {hint}; or branch off: "
-                         f"resume={(checkpoints or [run_dir])[0]} run_dir={unused}")
+                         f"({', '.join(changed)}): undo that; {hint}{branch}")
+
+
+def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
+    """The checkpoint that `resume` names, and the one that this run has branched off before."""
+    named = None if config.resume in ("auto", "never") else Path(config.resume).resolve()
+    file = Path(config.run_dir, "branch.json")
+    if config.resume == "never" or not file.exists():
+        return named, None
+    return named, Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -113,7 +123,6 @@ def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
     with raise_on_all_ranks(accelerator, "run_dir"):
         if accelerator.is_local_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
-    with raise_on_all_ranks(accelerator, "run_dir"):
         if accelerator.is_main_process:
             try:
                 lock.acquire(timeout=0)
@@ -138,54 +147,42 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
     """
     config, accelerator, run_dir = state.config, state.accelerator, Path(state.config.run_dir)
     identity = {"config": flatten(config), "data": hash_prompts(prompts)}
-    metadata = {"counters": {}, "evaluations": {}}
+    progress, branch, step = Progress(identity=identity), {}, -1
     if any(other != identity for other in gather_object([identity])):
         raise OSError("the processes have different configs, or read different data.train_file")
-    path = find_checkpoint(accelerator, config.run_dir, config.resume)
+    path = find_checkpoint(accelerator, config)
     if path:
         metadata = read_metadata(path)
-        branch = path.parent.parent.resolve() != run_dir.resolve()
-        if metadata["data"] != identity["data"] and not branch:
+        progress.counters.update(metadata["counters"])  # adds to zeros
+        step = progress.counters["step"]
+        if path.parent.parent.resolve() != run_dir.resolve():
+            branch = {"checkpoint": str(path.resolve()), "step": step,
+                      "changed": config_diff(metadata["config"], config)}
+            changed = ", ".join(branch["changed"]) or "the same config"
+            accelerator.print(f"branching off {path}: {changed}")
+        elif metadata["data"] != identity["data"]:
             raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
                           "another run_dir")
         load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
         for group in state.optimizer.param_groups:
             group["weight_decay"] = config.actor.weight_decay  # a branch may have another
         accelerator.print(f"resuming from {path}")
-        val_changed = any(metadata["config"].get(key) != value
-                          for key, value in identity["config"].items()
-                          if key.startswith("val.") and key != "val.every")
-        if val_changed:
-            metadata["evaluations"] = {}  # not comparable with those to come
-        if branch:
-            record_branch(accelerator, config, path, metadata)
+        if comparable(metadata["config"], identity["config"]):
+            for name, of_set in metadata["evaluations"].items():
+                progress.evaluations[name] = {title: Evaluation(**kept)
+                                              for title, kept in of_set.items()}
     sync_weights(state)
     check_weight_sync(state, prompts)
-    truncate_run(accelerator, run_dir, path.parent.parent if path else run_dir,
-                 metadata["counters"].get("step", -1))
-    with raise_on_all_ranks(accelerator, "run_dir"):
-        if accelerator.is_main_process:
-            (run_dir / "rollouts").mkdir(exist_ok=True)
-            resolved = json.loads(json.dumps(config, default=vars))
-            write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    prepare_run_dir(accelerator, config, step, branch, path.parent.parent if path else run_dir)
     accelerator.init_trackers("dapo", flatten(config))
-    evaluations = {}
-    for name, of_set in metadata["evaluations"].items():
-        evaluations[name] = {title: Evaluation(**kept) for title, kept in of_set.items()}
-    counters = dict.fromkeys(COUNTERS, 0) | metadata["counters"]
-    return Progress(counters, evaluations, identity)
+    return progress
 
 
-def record_branch(accelerator: Accelerator, config: SimpleNamespace, path: Path,
-                  metadata: dict) -> None:
-    """Print what differs from the run that this one branches off, and keep it in branch.json."""
-    changed = config_diff(metadata["config"], config)
-    accelerator.print(f"a branch of {path}: {', '.join(changed) or 'the same config'}")
-    with raise_on_all_ranks(accelerator, "run_dir"):
-        if accelerator.is_main_process:
-            record = {"checkpoint": str(path), "step": metadata["counters"]["step"],
-                      "changed": changed}
-            write_atomic(Path(config.run_dir) / "branch.json", json.dumps(record, indent=1))
+def comparable(earlier: dict, now: dict) -> bool:
+    """Whether evaluations by these two flat configs can stand side by side."""
+    return all(earlier.get(key) == value for key, value in now.items()
+               if key.startswith(("val.", "data.", "reward."))
+               and key not in ("val.every", "data.train_file", "reward.timeout"))
 
 
 def hash_prompts(prompts: list[Prompt]) -> str:
@@ -197,21 +194,36 @@ def hash_prompts(prompts: list[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def truncate_run(accelerator: Accelerator, run_dir: Path, origin: Path, step: int) -> None:
-    """Remove from `run_dir` what was written after `step`; metrics are read from `origin`."""
+def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int, branch: dict,
+                    origin: Path) -> None:
+    """Remove from the run's directory what was written after `step`, and write config.yaml.
+
+    Metrics are those of `origin`: the directory itself, or if `branch` is what branch.json is to
+    hold, that of the run that this one branches off.
+    """
+    run_dir = Path(config.run_dir)
     with raise_on_all_ranks(accelerator, "run_dir"):
-        if _writes(accelerator):
+        if writes_checkpoints(accelerator):
             for path in list_checkpoints(run_dir):
                 if _step(path) > step:
                     shutil.rmtree(path)
+            if branch:
+                write_atomic(run_dir / "branch.json", json.dumps(branch, indent=1))
+            elif step < 0:
+                (run_dir / "branch.json").unlink(missing_ok=True)
         if accelerator.is_main_process:
             rows = [json.dumps(row) + "\n" for row in read_metrics(origin) if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
+            (run_dir / "rollouts").mkdir(exist_ok=True)
             for file in (run_dir / "rollouts").glob("step_*.jsonl"):
                 if _step(file) > step:
                     file.unlink()
+            resolved = json.loads(json.dumps(config, default=vars))
+            write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
+
+# ---- what a run saves ----------------------------------------------------------------------------
 
 def save_model(state: TrainState, name: str) -> None:
     """Write policy and tokenizer to `run_dir/name`, a transformers directory. Raises OSError."""
@@ -262,7 +274,48 @@ def save_results(state: TrainState, progress: Progress) -> bool:
     return stop
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
+def save_checkpoint(state: TrainState, progress: Progress) -> None:
+    """Write `checkpoints/step_*`, whole or not at all; remove all but the newest
+    `keep_checkpoints`. Raises OSError."""
+    accelerator, run_dir = state.accelerator, Path(state.config.run_dir)
+    path = run_dir / "checkpoints" / f"step_{progress.counters['step']:05d}"
+    tmp_path, writes = path.with_name(f".{path.name}.partial"), writes_checkpoints(accelerator)
+    free = shutil.disk_usage(run_dir).free / 1e6
+    doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
+    metadata = progress.identity | {"counters": progress.counters,
+                                    "evaluations": progress.evaluations}
+    try:
+        with raise_on_all_ranks(accelerator, doing):
+            if writes:
+                path.parent.mkdir(exist_ok=True)
+                for half in path.parent.glob(".step_*.partial"):
+                    shutil.rmtree(half)
+                tmp_path.mkdir()
+                write_atomic(tmp_path / "progress.json", json.dumps(metadata, default=vars))
+        with raise_on_all_ranks(accelerator, doing):
+            if writes or is_sharded(accelerator):
+                optimizer = state.optimizer.optimizer
+                with warnings.catch_warnings(action="ignore"):
+                    dcp.save(_state_dict(state.policy, optimizer, bool(optimizer.state)),
+                             checkpoint_id=tmp_path, no_dist=not is_sharded(accelerator))
+        # A network file system may not show all files on all machines yet.
+        names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
+        names = broadcast_object_list([names])[0]
+        with raise_on_all_ranks(accelerator, doing):
+            mine = {name: _digest(tmp_path / name) for name in _my_share(accelerator, names)}
+        digests = {name: value for part in gather_object([mine]) for name, value in part.items()}
+        with raise_on_all_ranks(accelerator, doing):
+            if writes:
+                write_atomic(tmp_path / "digests.json", json.dumps(digests | mine))
+                replace_dir(tmp_path, path)
+                for old in list_checkpoints(run_dir)[state.config.keep_checkpoints:]:
+                    shutil.rmtree(old)
+    except OSError:
+        shutil.rmtree(tmp_path, ignore_errors=True)  # frees the disk
+        raise
+
+
+# ---- reading checkpoints -------------------------------------------------------------------------
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
@@ -279,50 +332,12 @@ def read_metadata(path: Path) -> dict:
         return {}
 
 
-def save_checkpoint(state: TrainState, progress: Progress) -> None:
-    """Write `checkpoints/step_*`, whole or not at all; remove all but the newest
-    `keep_checkpoints`. Raises OSError."""
-    accelerator, run_dir = state.accelerator, Path(state.config.run_dir)
-    path = run_dir / "checkpoints" / f"step_{progress.counters['step']:05d}"
-    tmp_path, writes = path.with_name(f".{path.name}.partial"), _writes(accelerator)
-    free = shutil.disk_usage(run_dir).free / 1e6
-    doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
-    evaluations = {}
-    for name, of_set in progress.evaluations.items():
-        evaluations[name] = {title: asdict(evaluation) for title, evaluation in of_set.items()}
-    metadata = progress.identity | {"counters": progress.counters, "evaluations": evaluations}
-    try:
-        with raise_on_all_ranks(accelerator, doing):
-            if writes:
-                path.parent.mkdir(exist_ok=True)
-                for half in path.parent.glob(".step_*.partial"):
-                    shutil.rmtree(half)
-                tmp_path.mkdir()
-                write_atomic(tmp_path / "progress.json", json.dumps(metadata))
-        with raise_on_all_ranks(accelerator, doing):
-            if writes or is_sharded(accelerator):
-                optimizer = state.optimizer.optimizer
-                with warnings.catch_warnings(action="ignore"):
-                    dcp.save(_state_dict(state.policy, optimizer, bool(optimizer.state)),
-                             checkpoint_id=tmp_path, no_dist=not is_sharded(accelerator))
-        with raise_on_all_ranks(accelerator, doing):
-            digests = _digests(accelerator, tmp_path)
-        with raise_on_all_ranks(accelerator, doing):
-            if writes:
-                write_atomic(tmp_path / "digests.json", json.dumps(digests))
-                replace_dir(tmp_path, path)
-                for old in list_checkpoints(run_dir)[state.config.keep_checkpoints:]:
-                    shutil.rmtree(old)
-    except OSError:
-        shutil.rmtree(tmp_path, ignore_errors=True)  # frees the disk
-        raise
-
-
-def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path | None:
-    """The newest intact checkpoint of the run, or the one that `resume` names; None if there is no
-    checkpoint. Raises OSError if none of them is intact."""
-    named = [] if resume in ("auto", "never") else [resume]
-    found = gather_object([[str(path) for path in list_checkpoints(run_dir) or named]])
+def find_checkpoint(accelerator: Accelerator, config: SimpleNamespace) -> Path | None:
+    """The newest intact checkpoint of the run, else the one that it branches off; None if there is
+    none. Raises OSError if there are checkpoints and none is intact."""
+    named, recorded = branch_origins(config)
+    origin = [path for path in (named or recorded,) if path]
+    found = gather_object([[str(path) for path in list_checkpoints(config.run_dir) or origin]])
     seen = set().union(*found)
     for path in sorted(map(Path, seen), key=_step, reverse=True):
         problem = find_corruption(accelerator, path)
@@ -337,19 +352,16 @@ def find_checkpoint(accelerator: Accelerator, run_dir: str, resume: str) -> Path
 
 def find_corruption(accelerator: Accelerator, path: Path) -> str:
     """Why a checkpoint cannot be used, the same on all ranks; "" if it can."""
-    problem = ""
     try:
-        digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
-        wrong = [name for name in _my_part(accelerator, sorted(digests))
-                 if _digest(path / name) != digests[name]]
-        problem = f"{wrong[0]} is not what was written" if wrong else ""
-    except FileNotFoundError as error:
-        problem = f"{Path(error.filename).name} is missing"
+        with raise_on_all_ranks(accelerator, "digests.json"):
+            digests = dict(json.loads((path / "digests.json").read_text(encoding="utf-8")))
+        with raise_on_all_ranks(accelerator, "not what was written"):
+            for name in _my_share(accelerator, sorted(digests)):
+                if _digest(path / name) != digests[name]:
+                    raise ValueError(name)
     except OSError as error:
-        problem = str(error)
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"digests.json: {error}"
-    return next((problem for problem in gather_object([problem]) if problem), "")
+        return str(error)
+    return ""
 
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
@@ -372,29 +384,17 @@ def _state_dict(policy, optimizer, trained: bool) -> dict:
     return state_dict
 
 
-def _writes(accelerator: Accelerator) -> bool:
+def writes_checkpoints(accelerator: Accelerator) -> bool:
+    """Whether this rank writes what each disk has once."""
     own_disks = accelerator.project_configuration.save_on_each_node
     return accelerator.is_local_main_process if own_disks else accelerator.is_main_process
 
 
-def _my_part(accelerator: Accelerator, files: list) -> list:
-    """This rank's share of work on all files of a disk."""
+def _my_share(accelerator: Accelerator, names: list[str]) -> list[str]:
+    """The files that this rank reads: ranks with the same disk share the work."""
     if accelerator.project_configuration.save_on_each_node:
-        return files
-    return files[accelerator.process_index::accelerator.num_processes]
-
-
-def _digests(accelerator: Accelerator, path: Path) -> dict[str, str]:
-    """SHA-256 of each file, by its name under `path`; the ranks share the work."""
-    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    if accelerator.project_configuration.save_on_each_node:
-        return {name: _digest(path / name) for name in names}
-    names = broadcast_object_list([names])[0]  # a network file system may not show all files yet
-    digests = {}
-    mine = {name: _digest(path / name) for name in _my_part(accelerator, names)}
-    for part in gather_object([mine]):
-        digests |= part
-    return digests
+        return names
+    return names[accelerator.process_index::accelerator.num_processes]
 
 
 def _digest(file: Path) -> str:

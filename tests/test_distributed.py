@@ -1,4 +1,4 @@
-"""One process, two, two hosts, or a sharded policy: the same groups, losses, gradients and policy. Real processes, over gloo."""
+"""One process, two, two hosts, or a sharded policy: the same groups, losses, gradients and policy."""
 
 import json
 import os
@@ -7,22 +7,131 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from safetensors.torch import load_file
 from worker import MODES
 
-from rollout import Response, pack, unpack
+import infra.distributed
+from infra.batching import Sample, make_batch, micro_batches
+from infra.distributed import map_over_ranks, raise_on_all_ranks
+from rollout import Response, deserialize, serialize
+from train_dapo import compute_loss
 
 ROOT = Path(__file__).parent.parent
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(20_000 + os.getpid() % 20_000)]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port",
+          str(20_000 + os.getpid() % 20_000)]
 WORKER = str(ROOT / "tests/worker.py")
 
 
-def run_to_end(command, **environment):
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+# ---- without other processes ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
+    state, _ = make_state(f"actor.loss_agg_mode={mode}", double=True)
+    rng, gradients = np.random.default_rng(0), {}
+    samples = []
+    for length in (40, 3, 17, 9, 5):
+        ids = rng.integers(1, 20, length).astype(np.int32)
+        samples.append(Sample([1, 2, 3], ids, rng.normal(), length != 9,
+                              *torch.full((2, length), -1.0)))
+    for world in (1, 2):
+        state.policy.zero_grad()
+        for rank in range(world):
+            for indices in micro_batches(samples, 60, rank, world, packed=True):
+                loss, _ = compute_loss(state.config, state.policy,
+                                       make_batch(state, samples, indices), False, 65, 4)
+                loss.backward()
+        gradients[world] = torch.cat([p.grad.flatten() for p in state.policy.parameters()])
+    assert gradients[1].norm() > 0.01
+    assert torch.allclose(gradients[1], gradients[2], rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture
+def as_ranks(monkeypatch):
+    """`as_ranks(function, world)`: the results or errors of `function(accelerator)` on each of so
+    many ranks, which take part in one `gather_object`."""
+    def as_ranks(function, world):
+        class Meeting(Exception):
+            pass
+
+        def meet(sent):
+            raise Meeting(sent)
+
+        ranks, sent, outcomes = [SimpleNamespace(process_index=rank, num_processes=world)
+                                 for rank in range(world)], [], []
+        monkeypatch.setattr(infra.distributed, "gather_object", meet)
+        for rank in ranks:
+            with pytest.raises(Meeting) as meeting:
+                function(rank)
+            sent += meeting.value.args[0]
+        monkeypatch.setattr(infra.distributed, "gather_object", lambda _: sent)
+        for rank in ranks:
+            try:
+                outcomes.append(function(rank))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
+    return as_ranks
+
+
+@pytest.mark.parametrize(("world", "per_share"), [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_ranks_share_the_work_and_each_gets_all_results_in_order(as_ranks, world, per_share):
+    shares = []
+
+    def square(items):
+        shares.append(list(items))
+        return [item**2 for item in items]
+
+    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(7), "", per_share), world)
+    assert outcomes == [[0, 1, 4, 9, 16, 25, 36]] * world
+    assert sorted(chain(*shares[:world:per_share])) == list(range(7))
+    assert all(shares[i] == shares[i - i % per_share] for i in range(world))
+
+
+def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
+    def fail_on_1(rank):
+        def work(items):
+            if rank.process_index == 1:
+                raise KeyError("lost")
+            return items
+        return map_over_ranks(rank, work, [0, 1, 2], "step 3")
+
+    def fail_on_0(rank):
+        with raise_on_all_ranks(rank, "cannot save x"):
+            if rank.process_index == 0:
+                raise PermissionError("a line\nnot allowed")
+
+    assert [repr(error) for error in as_ranks(fail_on_1, 2)] == ["""ValueError("step 3: 'lost'")"""] * 2
+    assert [repr(error) for error in as_ranks(fail_on_0, 2)] == [
+        "OSError('cannot save x: not allowed')"] * 2
+
+
+def test_responses_travel_as_flat_arrays():
+    rng, groups = np.random.default_rng(0), []
+    for _ in range(9):
+        groups.append([Response(rng.integers(0, 150_000, length).astype(np.int32),
+                                rng.normal(size=length).astype(np.float32), "hm",
+                                "stop" if length % 2 else "length")
+                       for length in rng.integers(0, 999, 16)])
+    sent, tokens = serialize(groups), sum(len(r.token_ids) for group in groups for r in group)
+    assert len(pickle.dumps(sent)) < 8 * tokens + 20 * 9 * 16 + 1000
+    for before, after in zip(chain(*groups), chain(*deserialize(sent, 16)), strict=True):
+        assert np.array_equal(before.token_ids, after.token_ids)
+        assert np.array_equal(before.logprobs, after.logprobs)
+        assert (before.text, before.finish_reason) == (after.text, after.finish_reason)
+        assert (after.token_ids.dtype, after.logprobs.dtype) == (np.int32, np.float32)
+    assert deserialize(serialize([]), 16) == []
+
+
+# ---- real processes, over gloo -------------------------------------------------------------------
+
+def run_to_end(command):
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
                             timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -31,69 +140,62 @@ def run_to_end(command, **environment):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "out.npz"
-    run_to_end([*LAUNCH, "--num_processes", "1", WORKER, str(out)])
+    run_to_end([sys.executable, WORKER, str(out)])
     return np.load(out)
 
 
 def assert_alike(one, other):
     assert (one["world"], other["world"]) == (1, 2)
     for mode in MODES:
-        for name in ("positions", "tokens", "lengths"):  # the same groups in the same order, to the token
+        for name in ("positions", "tokens", "lengths"):  # the same groups in the same order
             assert np.array_equal(one[f"{mode}/{name}"], other[f"{mode}/{name}"]), (mode, name)
-        assert np.allclose(one[f"{mode}/losses"], other[f"{mode}/losses"], rtol=1e-5, atol=1e-5)
+        losses = [results[f"{mode}/losses"] for results in (one, other)]
+        assert np.allclose(*losses, rtol=1e-5, atol=1e-5)
         gradients, others = one[f"{mode}/gradients"], other[f"{mode}/gradients"]
-        assert gradients.shape == others.shape and len(gradients) == 6
+        assert gradients.shape == others.shape and len(gradients) == 4
         assert np.abs(gradients - others).max() < 1e-5 * max(1.0, np.abs(gradients).max()), mode
-        clear = np.abs(gradients).min(axis=0) > 1e-5 * np.abs(gradients).max()  # of rounding noise Adam makes a step too
+        # Adam makes a whole step of rounding noise too
+        clear = np.abs(gradients).min(axis=0) > 1e-5 * np.abs(gradients).max()
         apart = np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"])
         assert clear.mean() > 0.5 and apart[clear].max() < 1e-5 and apart.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(one_process, tmp_path):
     out = tmp_path / "out.npz"
-    run_to_end([*LAUNCH, "--config_file", "configs/accelerate_ddp.yaml", "--num_processes", "2", WORKER, str(out)])
+    run_to_end([*LAUNCH, "--config_file", "configs/accelerate_ddp.yaml", "--num_processes", "2",
+                WORKER, str(out)])
     assert_alike(one_process, np.load(out))
 
 
+@pytest.mark.slow
 def test_a_sharded_policy_is_the_same_policy(one_process, tmp_path):
-    """FSDP2: same gradients, and whole weights reach the model that writes the responses."""
+    """FSDP2: the same gradients, and whole weights reach the model that generates."""
     out = tmp_path / "out.npz"
     run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER, str(out), "sharded"])
     sharded = np.load(out)
     assert_alike(one_process, sharded)
     for mode in MODES:
-        assert sharded[f"{mode}/sharded"] and sharded[f"{mode}/synced"] and not one_process[f"{mode}/sharded"]
-    assert sharded["shards"] == 2 and sharded["restored"] and sharded["exported"] and sharded["missing"] == "__1_0.distcp is missing"
+        assert sharded[f"{mode}/sharded"] and sharded[f"{mode}/synced"]
+        assert not one_process[f"{mode}/sharded"]
+    assert sharded["shards"] == 2 and sharded["restored"] and sharded["exported"]
+    assert sharded["intact"] and "__1_0.distcp" in str(sharded["missing"])
 
 
+@pytest.mark.slow
 def test_the_uneven_case_is_uneven(one_process):
-    """What `uneven` cuts is never kept: so one of two ranks keeps nothing, while its responses have 3 tokens."""
-    assert one_process["uneven/lengths"].mean() > 10 and one_process["uneven/lengths"].max() > 30
+    """What `uneven` cuts is never kept: one of two ranks keeps nothing, and its responses have 3
+    tokens."""
+    lengths = one_process["uneven/lengths"]
+    assert lengths.mean() > 10 and lengths.max() > 30
     assert set(one_process["uneven/positions"] % 2) == {0}
 
 
-def test_deepspeed_shards_the_same_policy(tmp_path):
-    """ZeRO-3 on CPUs; everything is sharded, however small. Its first run compiles for minutes."""
-    pytest.importorskip("deepspeed", reason="needs deepspeed, which is optional")
-    zero = tmp_path / "zero3.json"
-    zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-                                "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1,
-                                "zero_allow_untested_optimizer": True}))
-    launch = [*LAUNCH, "--use_deepspeed", "--zero3_init_flag", "true", "--deepspeed_config_file", str(zero), "--num_processes", "2"]
-    common = ["train_dapo.py", "--config", "config.yaml", *TINY, "save_every=1", "actor.max_tokens_per_micro_batch=300", "val.file="]
-    for steps in (1, 2):  # the second goes on from a checkpoint
-        run_to_end([*launch, *common, f"run_dir={tmp_path / 'two'}", f"total_training_steps={steps}"], DS_ACCELERATOR="cpu")
-    run_to_end([*LAUNCH, "--num_processes", "1", *common, f"run_dir={tmp_path / 'one'}"])
-    for a, b in zip(read(tmp_path / "one"), read(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
-    assert all(np.allclose(one[name], two[name], atol=1e-5) for name in one)
-
-
-def test_what_two_processes_saved_one_goes_on_with(tmp_path, start):
+@pytest.mark.slow
+def test_one_process_resumes_what_two_have_saved(tmp_path, start):
     common = [*TINY, "save_every=1", "val.file="]
-    run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config", "config.yaml",
-                f"run_dir={tmp_path / 'run'}", *common, "total_training_steps=1"])
+    run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config",
+                "config.yaml", f"run_dir={tmp_path / 'run'}", *common, "total_training_steps=1"])
     both = start(*common, "total_training_steps=2").rename(tmp_path / "both")
     one = start(*common, "total_training_steps=2")
     for a, b in zip(read(one), read(both), strict=True):
@@ -110,7 +212,8 @@ def two_hosts():
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable",
+           "netns", names[1])
         for i, name in enumerate(names):
             ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
@@ -124,59 +227,49 @@ def two_hosts():
 
 
 def on_both(hosts, disk, script):
-    """Run a shell script on both hosts, where `disk` is a file system of each host's own, and LAUNCH starts a
-    process on each."""
+    """Run a shell script on both hosts; `disk` is a file system of each host's own, and LAUNCH
+    starts a process on each."""
     disk.mkdir()
     processes = []
     for rank, host in enumerate(hosts):
-        launch = " ".join([*LAUNCH, "--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank",
-                           str(rank), "--main_process_ip", "10.77.0.1"])
+        launch = " ".join([*LAUNCH, "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
+                           "--machine_rank", str(rank), "--main_process_ip", "10.77.0.1"])
         processes.append(subprocess.Popen(
             ["ip", "netns", "exec", host, "unshare", "--mount", "bash", "-ec",
-             f"mount -t tmpfs none {disk}; LAUNCH='{launch}'; RANK={rank}; {script}"], cwd=ROOT, text=True,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+             f"mount -t tmpfs none {disk}; LAUNCH='{launch}'; RANK={rank}; {script}"], cwd=ROOT,
+            text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
     return outputs
 
 
-def test_two_hosts_do_what_one_process_does(one_process, two_hosts, tmp_path):
-    disk = tmp_path / "disk"
-    on_both(two_hosts, disk, f"$LAUNCH {WORKER} {disk}/out.npz; [ $RANK = 1 ] || cp {disk}/out.npz {tmp_path}")
-    assert_alike(one_process, np.load(tmp_path / "out.npz"))
-
-
 def read(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s/"))} for row in rows]
+    return [{name: value for name, value in row.items()
+             if not name.startswith(("time/", "tokens_per_s/", "val/"))} for row in rows]
 
 
-def test_a_run_on_two_hosts_with_disks_of_their_own_is_resumed_by_them(two_hosts, tmp_path, start):
+@pytest.mark.slow
+def test_two_hosts_with_disks_of_their_own_do_what_one_process_does_and_resume(
+        one_process, two_hosts, tmp_path, start):
     disk = tmp_path / "disk"
-    common = " ".join([*TINY, "save_every=1", "algorithm.use_kl_in_reward=true", "actor.use_kl_loss=true",
-                       "filter_groups.metric=seq_final_reward", "actor.ppo_epochs=2"])
-    train = f"$LAUNCH train_dapo.py --config config.yaml run_dir={disk}/run {common}"
-    outputs = on_both(two_hosts, disk, f"{train}; {train} total_training_steps=3; ls {disk}/run/checkpoints; "
-                                       f"[ $RANK = 1 ] || cp -r {disk}/run {tmp_path}/hosts")
-    assert all("step_00003" in output for output in outputs)  # each host has its own
-    assert "going on from" in outputs[0]
-    run_dir = start(*common.split(), "total_training_steps=3")
-    for a, b in zip(read(run_dir)[1:], read(tmp_path / "hosts")[-3:], strict=True):
-        assert {k: v for k, v in a.items() if "val/" not in k} == pytest.approx(
-            {k: v for k, v in b.items() if "val/" not in k}, rel=1e-4, abs=1e-5)
-    one, two = (load_file(path / "model/model.safetensors") for path in (run_dir, tmp_path / "hosts"))
-    assert all(np.allclose(one[name], two[name], atol=1e-4) for name in one)
-
-
-def test_responses_travel_as_flat_arrays():
-    rng = np.random.default_rng(0)
-    groups = [[Response(rng.integers(0, 150_000, length).astype(np.int32), rng.normal(size=length).astype(np.float32), "hm",
-                        "stop" if length % 2 else "length") for length in rng.integers(0, 999, 16)] for _ in range(9)]
-    packed = pack(groups)
-    tokens = sum(len(r.token_ids) for group in groups for r in group)
-    assert len(pickle.dumps(packed)) < 8 * tokens + 20 * 9 * 16 + 1000
-    for before, after in zip(chain(*groups), chain(*unpack(packed, 16)), strict=True):
-        assert np.array_equal(before.token_ids, after.token_ids) and np.array_equal(before.logprobs, after.logprobs)
-        assert (before.text, before.finish_reason) == (after.text, after.finish_reason)
-        assert after.token_ids.dtype == np.int32 and after.logprobs.dtype == np.float32
-    assert unpack(pack([]), 16) == []
+    common = [*TINY, "save_every=1", "algorithm.use_kl_in_reward=true", "actor.use_kl_loss=true",
+              "filter_groups.metric=seq_final_reward", "actor.ppo_epochs=2"]
+    train = f"$LAUNCH train_dapo.py --config config.yaml run_dir={disk}/run {' '.join(common)}"
+    branch = f"$LAUNCH train_dapo.py --config config.yaml run_dir={disk}/branch {' '.join(common)} "
+    branch += f"resume={disk}/run/checkpoints/step_00002 total_training_steps=3 actor.lr=1e-5"
+    outputs = on_both(two_hosts, disk, "; ".join([
+        f"$LAUNCH {WORKER} {disk}/out.npz", train, f"{train} total_training_steps=3", branch,
+        f"ls {disk}/run/checkpoints {disk}/branch",
+        f"[ $RANK = 1 ] || cp -r {disk}/run {disk}/out.npz {tmp_path}"]))
+    assert_alike(one_process, np.load(tmp_path / "out.npz"))
+    for output in outputs:  # each host has its own
+        assert "step_00003" in output and "branch.json" in output
+    assert "resuming from" in outputs[0] and "actor.lr: 0.0002 -> 1e-05" in outputs[0]
+    hosts = (tmp_path / "run").rename(tmp_path / "hosts")
+    one = start(*common, "total_training_steps=3")
+    for a, b in zip(read(one)[1:], read(hosts)[-3:], strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    weights, others = (load_file(path / "model/model.safetensors") for path in (one, hosts))
+    assert all(np.allclose(weights[name], others[name], atol=1e-4) for name in weights)

@@ -1,11 +1,10 @@
-"""What test_distributed.py starts in several processes: three steps in every loss_agg_mode, and what came of them.
+"""What test_distributed.py starts in several processes: two steps in every loss_agg_mode.
 
-    worker.py OUT [sharded]      OUT.npz holds, for each mode, what was kept, trained on and learned
+    worker.py OUT [sharded]      OUT holds, for each mode, what was kept, trained on and learned
 """
 
 import os
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,111 +12,142 @@ import numpy as np
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
-import infra.setup as run_module  # noqa: E402
+import infra.setup  # noqa: E402
 import train_dapo  # noqa: E402
-from infra.packing import packing  # noqa: E402
-from infra.checkpoint import load_checkpoint, save_checkpoint, find_corruption  # noqa: E402
+from infra.checkpoint import (Progress, find_corruption, load_checkpoint,  # noqa: E402
+                              save_checkpoint, save_model)
 from infra.config import load_config  # noqa: E402
+from infra.distributed import iter_full_weights  # noqa: E402
+from infra.packing import packing_kind  # noqa: E402
+from infra.setup import setup, sync_weights  # noqa: E402
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven"]
-SMALL = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "actor.ppo_mini_batch_size=8",
-         "total_training_steps=3", "actor.max_tokens_per_micro_batch=150", "log_with="]
+SMALL = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "val.file=",
+         "actor.ppo_mini_batch_size=8", "actor.max_tokens_per_micro_batch=150"]
 
 
 def sharded_accelerator(**settings) -> Accelerator:
-    """Accelerate offers FSDP2 on GPUs only; its own code for it runs on CPUs as well, once it is told to."""
+    """Accelerate offers FSDP2 on GPUs only; its own code for it runs on CPUs too, if told to."""
     accelerator = Accelerator(**settings)
     accelerator.state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does, for states made later
+    # as Accelerate does, for states made later
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
     return accelerator
 
 
 def uneven(generate, rank, world):
-    """Every other prompt's responses are cut after 3 tokens: in a pair, one rank's are ten times longer than the
-    other's, which keeps no group. With one process the same prompts are cut."""
-    def cut(prompts, *arguments):
-        groups = generate(prompts, *arguments)
-        return [[replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3], text="", finish_reason="length")
-                 for r in group] if (rank + world * i) % 2 else group for i, group in enumerate(groups)]
+    """Every other prompt's responses are cut after 3 tokens: of two ranks, one has responses ten
+    times as long as the other's, which keeps no group. One process cuts the same prompts."""
+    def cut(prompts, *arguments, **options):
+        groups = generate(prompts, *arguments, **options)
+        for i, group in enumerate(groups):
+            if (rank + world * i) % 2:
+                groups[i] = [replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3], text="",
+                                     finish_reason="length") for r in group]
+        return groups
     return cut
 
 
-def whole(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().double().numpy().ravel()
+def whole(tensor) -> np.ndarray:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().double().numpy().ravel()
 
 
-def three_steps(mode: str, extras: list[str]) -> dict[str, np.ndarray]:
-    overrides = [] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"]
-    config = load_config("config.yaml", [*SMALL, *overrides, *extras])
-    run, data = train_dapo.setup(config)
-    run_module.sync_weights(run)
-    gradients, clip, writer = [], run.accelerator.clip_grad_norm_, run.engine.write.args[0]
+def policy_weights(state) -> np.ndarray:
+    policy = state.accelerator.unwrap_model(state.policy)
+    return np.concatenate([whole(weight) for _, weight in iter_full_weights(policy)])
+
+
+def make_state(*overrides: str):
+    state, data = setup(load_config("config.yaml", [*SMALL, *overrides]))
+    sync_weights(state)
+    return state, data
+
+
+def train(state, data, steps) -> dict:
+    """Train; what was trained on, and the losses."""
+    results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
+
+    def log_step(state, metrics, groups, advantages):
+        results["losses"].append(metrics["actor/loss"])
+        for group in groups:
+            results["positions"].append(group.position)
+            for response in group.responses:
+                results["lengths"].append(len(response.token_ids))
+                results["tokens"] += response.token_ids.tolist()
+
+    train_dapo.log_step, train_dapo.save_results = log_step, lambda *_: False
+    state.config.total_training_steps, progress = steps, Progress()
+    assert train_dapo.train(state, data, progress)
+    return results | {"progress": progress}
+
+
+def two_steps(mode: str) -> dict[str, np.ndarray]:
+    """The results of training in a mode, with the gradient of each optimizer step."""
+    state, data = make_state(*[] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"])
+    accelerator, gradients = state.accelerator, []
+    clip, rollout_model = accelerator.clip_grad_norm_, state.engine.generate.args[0]
 
     def keep_gradients(parameters, bound):
         parameters = list(parameters)
         gradients.append(np.concatenate([whole(p.grad) for p in parameters]))
         return clip(parameters, bound)
-    run.accelerator.clip_grad_norm_ = keep_gradients
+
+    accelerator.clip_grad_norm_ = keep_gradients
     if mode == "uneven":
-        run = replace(run, engine=replace(run.engine, write=uneven(
-            run.engine.write, run.accelerator.process_index, run.accelerator.num_processes)))
-    results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
-    for metrics, groups, _ in train_dapo.train(run, data.train, Counter()):
-        results["positions"] += [group.position for group in groups]
-        results["lengths"] += [len(r.token_ids) for group in groups for r in group.responses]
-        results["tokens"] += [token for group in groups for r in group.responses for token in r.token_ids]
-        results["losses"].append(metrics["actor/loss"])
-    policy = run.accelerator.unwrap_model(run.policy)
-    weights = np.concatenate([whole(weight) for _, weight in run_module.iter_full_weights(policy)])
-    copies = writer.state_dict()
-    return {**results, "gradients": np.stack(gradients), "weights": weights,
-            "sharded": all(isinstance(p, DTensor) for p in policy.parameters()) and run.accelerator.is_fsdp2
-            and run.engine.apart and writer is not policy and packing(run.policy) == "blocks",
-            "synced": all(np.array_equal(whole(copies[name]), whole(weight))
-                          for name, weight in run_module.iter_full_weights(policy))}
+        generate = uneven(state.engine.generate, accelerator.process_index,
+                          accelerator.num_processes)
+        state = replace(state, engine=replace(state.engine, generate=generate))
+    results = train(state, data, steps=2)
+    results.pop("progress")
+    policy, copies = accelerator.unwrap_model(state.policy), rollout_model.state_dict()
+    sharded = (all(isinstance(p, DTensor) for p in policy.parameters()) and accelerator.is_fsdp2
+               and state.engine.has_own_weights and rollout_model is not policy
+               and packing_kind(state.policy) == "blocks")
+    synced = all(np.array_equal(whole(copies[name]), whole(weight))
+                 for name, weight in iter_full_weights(policy))
+    return {**results, "gradients": np.stack(gradients), "weights": policy_weights(state),
+            "sharded": sharded, "synced": synced}
 
 
-def weights_of(run) -> np.ndarray:
-    return np.concatenate([whole(w) for _, w in run_module.iter_full_weights(run.accelerator.unwrap_model(run.policy))])
+def moments(state) -> list[np.ndarray]:
+    """AdamW's state of all parameters."""
+    optimizer = state.optimizer.optimizer
+    return [whole(value) for p in state.policy.parameters() for value in optimizer.state[p].values()]
 
 
 def round_trip(run_dir: str) -> dict:
-    """A sharded run is trained by a step, saved, exported, and read again, whole and with a shard missing."""
-    def fresh():
-        config = load_config("config.yaml", [*SMALL, f"run_dir={run_dir}", "total_training_steps=1"])
-        run, data = train_dapo.setup(config)
-        run_module.sync_weights(run)
-        return run, data
-    run, data = fresh()
-    accelerator, directory = run.accelerator, Path(run_dir)
+    """A sharded run trains a step, is saved, exported, and read again; then a shard is missing."""
+    state, data = make_state(f"run_dir={run_dir}")
+    accelerator = state.accelerator
     if accelerator.is_main_process:
-        directory.mkdir()
+        Path(run_dir).mkdir()
     accelerator.wait_for_everyone()
-    (metrics, _, _), = train_dapo.train(run, data.train, Counter())
-    counters = {name: metrics[name] for name in train_dapo.COUNTERS}
-    save_checkpoint(accelerator, run.policy, run.optimizer.optimizer, run_dir, {"counters": counters}, keep=1)
-    train_dapo.save_model(run, "model")
-    (path,) = (directory / "checkpoints").iterdir()
-    other, _ = fresh()
-    before = weights_of(other)
-    load_checkpoint(other.accelerator, other.policy, other.optimizer.optimizer, path)
-    moments = [[whole(value) for value in optimizer.state[p].values()] for optimizer, policy in
-               ((run.optimizer.optimizer, run.policy), (other.optimizer.optimizer, other.policy)) for p in policy.parameters()]
-    half = len(moments) // 2
-    exported = run_module.AutoModelForCausalLM.from_pretrained(directory / "model").state_dict()
-    result = {"shards": len(list(path.glob("*.distcp"))),
-              "restored": np.array_equal(weights_of(run), weights_of(other)) and not np.array_equal(weights_of(run), before)
-              and half and all(np.array_equal(a, b) for x, y in zip(moments[:half], moments[half:], strict=True)
-                               for a, b in zip(x, y, strict=True)),
-              "exported": all(np.array_equal(whole(exported[name]), whole(w)) for name, w in
-                              run_module.iter_full_weights(run.accelerator.unwrap_model(run.policy)))}
+    progress = train(state, data, steps=1)["progress"]
+    save_checkpoint(state, progress)
+    save_model(state, "model")
+    (path,) = Path(run_dir, "checkpoints").iterdir()
+    other, _ = make_state(f"run_dir={run_dir}")
+    weights, before = policy_weights(state), policy_weights(other)
+    load_checkpoint(accelerator, other.policy, other.optimizer.optimizer, path)
+    pairs = list(zip(moments(state), moments(other), strict=True))
+    exported = AutoModelForCausalLM.from_pretrained(Path(run_dir, "model")).state_dict()
+    result = {
+        "shards": len(list(path.glob("*.distcp"))),
+        "restored": np.array_equal(weights, policy_weights(other)) and bool(pairs)
+                    and not np.array_equal(weights, before)
+                    and all(np.array_equal(a, b) for a, b in pairs),
+        "exported": all(np.array_equal(whole(exported[name]), whole(weight)) for name, weight
+                        in iter_full_weights(accelerator.unwrap_model(state.policy))),
+        "intact": find_corruption(accelerator, path) == ""}
     if accelerator.is_main_process:
         (path / "__1_0.distcp").unlink()
     accelerator.wait_for_everyone()
@@ -127,16 +157,17 @@ def round_trip(run_dir: str) -> dict:
 def main() -> None:
     out, sharded = sys.argv[1], "sharded" in sys.argv
     if sharded:
-        run_module.Accelerator = sharded_accelerator
-    results = {f"{mode}/{name}": value for mode in MODES
-               for name, value in three_steps(mode, [f"run_dir={out}"]).items()}
+        infra.setup.Accelerator = sharded_accelerator
+    results = {}
+    for mode in MODES:
+        results |= {f"{mode}/{name}": value for name, value in two_steps(mode).items()}
     if sharded:
         results |= round_trip(f"{out}.run")
     accelerator = Accelerator(cpu=True)
     if accelerator.is_main_process:
         np.savez(out, world=accelerator.num_processes, **results)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    os._exit(0)  # gloo's own shutdown sometimes hangs
 
 
 if __name__ == "__main__":
