@@ -20,29 +20,10 @@ from rollout import Engine, Response, SamplingParams, make_responses, request_se
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                 stop_ids: list[int]) -> Engine:
-    """An `Engine` backed by vLLM in this process, without weights until its first `sync`.
+    """An `Engine` backed by vLLM in this process, with random weights until its first `sync`.
 
     Raises ValueError if vLLM does not start.
     """
-    llm = start_vllm(config, accelerator)
-
-    def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
-        llm.wake_up(tags=["weights"])  # does nothing if it does not sleep
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        llm.wake_up(tags=["kv_cache"])
-        if not llm.reset_prefix_cache():  # its entries are of the old weights
-            raise RuntimeError("vLLM did not empty its prefix cache")
-
-    def sleep() -> None:
-        if accelerator.device.type != "cpu":
-            llm.sleep(level=2)  # 2: drop the weights instead of copying them to the CPU
-
-    return Engine(generate=partial(generate_in_process, llm, tokenizer, stop_ids), sync=sync,
-                  sleep=sleep, close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
-
-
-def start_vllm(config: SimpleNamespace, accelerator: Accelerator):
-    """A `vllm.LLM` with random weights. Raises ValueError if it does not start."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process
                       VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,14 +40,28 @@ def start_vllm(config: SimpleNamespace, accelerator: Accelerator):
     try:
         for file in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # left by an earlier run on a CPU:
             file.unlink(missing_ok=True)                      # vLLM would not start
-        return LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
-                   max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
-                   tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
-                   enable_prefix_caching=True, logprobs_mode="processed_logprobs",
-                   disable_log_stats=True, **options)
+        llm = LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
+                  max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
+                  tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
+                  enable_prefix_caching=True, logprobs_mode="processed_logprobs",
+                  disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it
         raise ValueError(f"rollout.backend: vLLM does not start: {error} "
                          "(VLLM_LOGGING_LEVEL=INFO shows its log)") from error
+
+    def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
+        llm.wake_up(tags=["weights"])  # does nothing if it does not sleep
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        llm.wake_up(tags=["kv_cache"])
+        if not llm.reset_prefix_cache():  # its entries are of the old weights
+            raise RuntimeError("vLLM did not empty its prefix cache")
+
+    def sleep() -> None:
+        if accelerator.device.type != "cpu":
+            llm.sleep(level=2)  # 2: drop the weights instead of copying them to the CPU
+
+    return Engine(generate=partial(generate_in_process, llm, tokenizer, stop_ids), sync=sync,
+                  sleep=sleep, close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
 
 
 def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[list[int]],
@@ -88,15 +83,14 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
 
 
 def shared_params(params: SamplingParams, stop_ids: list[int]) -> dict:
-    """vLLM's sampling parameters, without a seed; it allows only one sample of a greedy response.
-    """
+    """vLLM's names and values, without the seed; it allows only one sample if greedy."""
     n = params.n if params.temperature > 0 else 1
     return {**params._asdict(), "n": n, "logprobs": 0, "stop_token_ids": stop_ids}
 
 
 def make_groups(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]],
                 params: SamplingParams) -> list[list[Response]]:
-    """`params.n` responses per prompt from the rows of `make_responses`, in order of the prompts."""
+    """The `params.n` responses to each prompt, from the rows of `make_responses`."""
     flat = make_responses(tokenizer, rows)
     if params.temperature == 0:
         return [[response] * params.n for response in flat]

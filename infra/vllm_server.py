@@ -2,8 +2,7 @@
 
 After each update the servers get the new weights: from GPU to GPU by vLLM's weight transfer
 (`nccl`), or from a directory that they see under the same path (`disk`). Each set of weights has a
-version. A server that restarts has lost it, so before it generates it reads the weights again
-(`disk`), or ends the run (`nccl`).
+version. A restarted server lacks it: it reads the weights again (`disk`) or ends the run (`nccl`).
 """
 
 import asyncio
@@ -19,11 +18,11 @@ from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from httpx2 import AsyncClient, AsyncHTTPTransport, Limits, Timeout, TransportError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -107,26 +106,25 @@ class ServerError(ConnectionError):
 def run(function: Callable, *args):
     """The result of `await function(client, *args)`."""
     async def with_client():
-        transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(), socket_options=KEEPALIVE)
-        async with httpx2.AsyncClient(transport=transport) as client:
+        transport = AsyncHTTPTransport(limits=Limits(), socket_options=KEEPALIVE)
+        async with AsyncClient(transport=transport) as client:
             return await function(client, *args)
     return asyncio.run(with_client())
 
 
-async def request(client: httpx2.AsyncClient, url: str, path: str,
-                  body: dict | None = None) -> dict:
+async def request(client: AsyncClient, url: str, path: str, body: dict | None = None) -> dict:
     """A server's answer to a POST of `body`, or to a GET if there is none.
 
     Raises ConnectionError if it does not answer, ServerError if it fails, ValueError if it refuses.
     """
     method, seconds = ("GET", 30) if body is None else ("POST", None)  # a POST may take hours
-    timeout = httpx2.Timeout(seconds, connect=10)
     try:
-        response = await client.request(method, url + path, json=body, timeout=timeout)
-    except httpx2.TransportError as error:
+        response = await client.request(method, url + path, json=body,
+                                        timeout=Timeout(seconds, connect=10))
+    except TransportError as error:
         raise ConnectionError(f"{url} does not answer ({error!r})") from error
-    answer = response.json() if response.is_success else {"success": False}
-    if answer.get("success", True):
+    answer = response.json() if response.is_success and response.content else {}
+    if response.is_success and answer.get("success", True):
         return answer
     message = f"{url}{path}: {response.status_code}, {' '.join(response.text.split())[:300]}"
     if response.status_code == 404:
@@ -134,15 +132,14 @@ async def request(client: httpx2.AsyncClient, url: str, path: str,
     raise (ValueError if response.is_client_error else ServerError)(message)
 
 
-async def request_all(client: httpx2.AsyncClient, servers: Servers, path: str,
+async def request_all(client: AsyncClient, servers: Servers, path: str,
                       bodies: Sequence[dict | None]) -> list[dict]:
     """Each server's answer to its body, requested at the same time. Raises like `request`."""
     pairs = zip(servers.urls, bodies, strict=True)
     return await asyncio.gather(*(request(client, url, path, body) for url, body in pairs))
 
 
-async def healthy_servers(client: httpx2.AsyncClient, servers: Servers,
-                          at_least: int = 1) -> list[str]:
+async def healthy_servers(client: AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
     """URLs of the servers that answer and have the right weights; waits for `at_least` of them.
 
     Raises ConnectionError after `servers.timeout` seconds, ValueError if a server cannot be used.
@@ -161,11 +158,10 @@ async def healthy_servers(client: httpx2.AsyncClient, servers: Servers,
         await asyncio.sleep(1)
 
 
-async def check_weights(client: httpx2.AsyncClient, servers: Servers,
-                        url: str) -> ConnectionError | None:
-    """Make a server read the current weights if it has others. Returns why it could not.
+async def check_weights(client: AsyncClient, servers: Servers, url: str) -> Exception | None:
+    """Make a server read the current weights if it has others. Returns why it does not answer.
 
-    Raises ValueError if another try would be of no use.
+    Raises ValueError if the server cannot be used.
     """
     try:
         version = (await request(client, url, "/weight_info"))["weight_version"]
@@ -202,8 +198,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
                 dtype: torch.dtype) -> Callable[[Iterable], None]:
     """A function that sends weights from this GPU to all servers, by vLLM's weight transfer."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer import nccl_engine
     from vllm.utils.network_utils import get_ip, get_open_port
 
     class Weights(WeightSource):
@@ -237,8 +232,9 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
         finish_weight_update=lambda: post("/finish_weight_update", weight_version=servers.version))
     post("/shutdown_weight_transfer_engine")  # that of an earlier run
     source = Weights()
-    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
-    engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
+    group = nccl_engine.NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
+    engine = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
+        group, client=client, source=source)
 
     def send(weights: Iterable[tuple[str, Tensor]]) -> None:
         source.values = weights
@@ -261,21 +257,21 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
     Raises ConnectionError if no server answers, ValueError if one rejects a request.
     """
     shared = {**shared_params(params, stop_ids), **NEUTRAL, "return_token_ids": True}
-    bodies = [{"prompt": [int(token) for token in ids], "seed": request_seed(seed), **shared}
+    bodies = [{"prompt": ids, "seed": request_seed(seed), **shared}
               for ids, seed in zip(prompts, seeds, strict=True)]
     concurrency = max(1, max_num_seqs // params.n)
     rows = run(complete, servers, bodies, concurrency, progress)
     return make_groups(tokenizer, [row for group in rows for row in group], params)
 
 
-async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict],
-                   concurrency: int, progress: str = "") -> list[list[tuple]]:
+async def complete(client: AsyncClient, servers: Servers, bodies: list[dict], concurrency: int,
+                   progress: str = "") -> list[list[tuple]]:
     """For each body the rows of `read_choices`, with `concurrency` requests in progress.
 
     A request goes to the least loaded server, and if that fails to another. Raises ConnectionError
     if all fail for `servers.timeout` seconds, ValueError if one refuses or got other weights.
     """
-    healthy, load, used = await healthy_servers(client, servers), Counter(), set()  # URLs
+    healthy, load = await healthy_servers(client, servers), Counter()  # URLs; requests by URL
     semaphore, checking = asyncio.Semaphore(concurrency), asyncio.Lock()
 
     async def complete_one(body: dict) -> list[tuple]:
@@ -287,11 +283,11 @@ async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[di
                 try:
                     answer = await request(client, url, "/v1/completions", body)
                     rows = read_choices(url, answer, body["max_tokens"])
-                    used.add(url)
                     bar.update()
                     return rows
                 except ConnectionError as error:
-                    servers.warn(f"warning: {error}")
+                    if isinstance(error, ServerError):  # the next check warns of others
+                        servers.warn(f"warning: {error}")
                     if failures.total() > servers.timeout:  # a failure takes at least a second
                         raise
                     failures[url] += 1
@@ -303,8 +299,8 @@ async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[di
 
     with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
         results = await asyncio.gather(*map(complete_one, bodies))
-    still = replace(servers, urls=list(used.intersection(healthy)), weights_dir=None)
-    await healthy_servers(client, still, at_least=0)  # they have the weights that they had before
+    used = replace(servers, urls=[url for url in healthy if url in load], weights_dir=None)
+    await healthy_servers(client, used, at_least=0)  # raises if one has got other weights
     return results
 
 
