@@ -49,7 +49,7 @@ def test_a_first_sync_that_does_nothing_is_an_error(vllm_state, engine, tmp_path
     add_noise(state.policy, 0)
     sync_weights(state)  # the engine keeps these weights
     broken = replace(engine, sync=lambda weights: None)
-    message = "step 0.* log-probs of sampler and trainer differ by .* the engine does not have"
+    message = "step 0.* log-probs of sampler .* differ by .* the rollout engine does not have"
     with pytest.raises(SystemExit, match=message):
         train_here(broken, tmp_path / "broken", *COMMON)
 
