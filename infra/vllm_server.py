@@ -2,8 +2,7 @@
 
 After each update the servers get the new weights: from GPU to GPU by vLLM's weight transfer
 (`nccl`), or from a directory that they see under the same path (`disk`). Each set of weights has a
-version. A server that restarts has lost it, so before it generates it reads the weights again
-(`disk`), or ends the run (`nccl`).
+version. A restarted server lacks it: it reads the weights again (`disk`) or ends the run (`nccl`).
 """
 
 import asyncio
@@ -12,24 +11,25 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from httpx2 import AsyncClient, AsyncHTTPTransport, Limits, Timeout, TransportError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from infra.distributed import raise_on_all_ranks
-from rollout import Engine, Response, SamplingParams, make_responses, request_seed
+from infra.vllm_engine import make_groups, shared_params
+from rollout import Engine, Response, SamplingParams, request_seed
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Servers:
     weights_dir: Path | None       # where they read weights; None: weights arrive by nccl
     warn: Callable[[str], None]
     version: str = ""              # of the weights that they must have; "" accepts any
-    unreachable: set[str] = field(default_factory=set)  # URLs that failed the last check
+
+    def __post_init__(self):
+        self.warn = cache(self.warn)  # each message once
 
 
 def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
@@ -64,7 +66,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     def wait_for_servers(at_least: int) -> None:
         with raise_on_all_ranks(accelerator, "rollout.server_urls"):
             if accelerator.is_main_process:
-                asyncio.run(with_client(healthy_servers, servers, at_least))
+                run(healthy_servers, servers, at_least)
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         if nccl:  # all servers must take part in a transfer
@@ -90,57 +92,54 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
                   close=partial(shutil.rmtree, weights_dir, ignore_errors=True))
 
 
-SOCKET_OPTIONS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]  # notice a machine that disappeared
-for _name, _seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
-    if hasattr(socket, _name):  # they differ between operating systems
-        SOCKET_OPTIONS.append((socket.IPPROTO_TCP, getattr(socket, _name), _seconds))
+# Notices within minutes that a server's machine disappeared during a request.
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # the seconds; macOS has another name
+    KEEPALIVE += [(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+                  (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)]
 
 
 class ServerError(ConnectionError):
     """A server answers, but failed to do what it was asked for."""
 
 
-async def with_client(function: Callable, *args):
-    """The result of `function(client, *args)`."""
-    transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None),
-                                          trust_env=False, socket_options=SOCKET_OPTIONS)
-    async with httpx2.AsyncClient(transport=transport) as client:
-        return await function(client, *args)
+def run(function: Callable, *args):
+    """The result of `await function(client, *args)`."""
+    async def with_client():
+        transport = AsyncHTTPTransport(limits=Limits(), socket_options=KEEPALIVE)
+        async with AsyncClient(transport=transport) as client:
+            return await function(client, *args)
+    return asyncio.run(with_client())
 
 
-async def request(client: httpx2.AsyncClient, url: str, path: str,
-                  body: dict | None = None) -> dict:
+async def request(client: AsyncClient, url: str, path: str, body: dict | None = None) -> dict:
     """A server's answer to a POST of `body`, or to a GET if there is none.
 
     Raises ConnectionError if it does not answer, ServerError if it fails, ValueError if it refuses.
     """
     method, seconds = ("GET", 30) if body is None else ("POST", None)  # a POST may take hours
-    timeout = httpx2.Timeout(seconds, connect=10)
     try:
-        answer = await client.request(method, url + path, json=body, timeout=timeout)
-    except httpx2.TransportError as error:
-        reason = str(error) or type(error).__name__
-        raise ConnectionError(f"{url} does not answer ({reason})") from error
-    if answer.is_success:
-        return answer.json() if answer.content else {}
-    message = f"{url}{path}: {answer.status_code}, {' '.join(answer.text.split())[:300]}"
-    if answer.is_server_error:
-        raise ServerError(message)
-    if answer.status_code == 404:
+        response = await client.request(method, url + path, json=body,
+                                        timeout=Timeout(seconds, connect=10))
+    except TransportError as error:
+        raise ConnectionError(f"{url} does not answer ({error!r})") from error
+    answer = response.json() if response.is_success and response.content else {}
+    if response.is_success and answer.get("success", True):
+        return answer
+    message = f"{url}{path}: {response.status_code}, {' '.join(response.text.split())[:300]}"
+    if response.status_code == 404:
         message += ": is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?"
-    raise ValueError(message)
+    raise (ValueError if response.is_client_error else ServerError)(message)
 
 
-def request_all(servers: Servers, path: str, bodies: Sequence[dict | None]) -> list[dict]:
+async def request_all(client: AsyncClient, servers: Servers, path: str,
+                      bodies: Sequence[dict | None]) -> list[dict]:
     """Each server's answer to its body, requested at the same time. Raises like `request`."""
-    async def gather(client: httpx2.AsyncClient) -> list[dict]:
-        pairs = zip(servers.urls, bodies, strict=True)
-        return await asyncio.gather(*(request(client, url, path, body) for url, body in pairs))
-    return asyncio.run(with_client(gather))
+    pairs = zip(servers.urls, bodies, strict=True)
+    return await asyncio.gather(*(request(client, url, path, body) for url, body in pairs))
 
 
-async def healthy_servers(client: httpx2.AsyncClient, servers: Servers,
-                          at_least: int = 1) -> list[str]:
+async def healthy_servers(client: AsyncClient, servers: Servers, at_least: int = 1) -> list[str]:
     """URLs of the servers that answer and have the right weights; waits for `at_least` of them.
 
     Raises ConnectionError after `servers.timeout` seconds, ValueError if a server cannot be used.
@@ -148,40 +147,40 @@ async def healthy_servers(client: httpx2.AsyncClient, servers: Servers,
     start = time.monotonic()
     while True:
         checks = [check_weights(client, servers, url) for url in servers.urls]
-        results = await asyncio.gather(*checks, return_exceptions=True)
-        errors = {url: error for url, error in zip(servers.urls, results, strict=True) if error}
-        for url, error in errors.items():
-            if not isinstance(error, ConnectionError):
-                raise error
-            if url not in servers.unreachable:
-                servers.warn(f"warning: {error}")
-        servers.unreachable = set(errors)
-        if len(servers.urls) - len(errors) >= at_least:
-            return [url for url in servers.urls if url not in errors]
+        results = dict(zip(servers.urls, await asyncio.gather(*checks), strict=True))
+        healthy = [url for url, error in results.items() if not error]
+        if len(healthy) >= at_least:
+            return healthy
         if time.monotonic() - start > servers.timeout:
-            error = next(iter(errors.values()))
+            error = next(filter(None, results.values()))
             raise ConnectionError(f"{error}, for rollout.server_timeout={servers.timeout} s: "
                                   "restart it, then run the same command again")
         await asyncio.sleep(1)
 
 
-async def check_weights(client: httpx2.AsyncClient, servers: Servers, url: str) -> None:
-    """Make a server read the current weights if it has others. Raises like `request`."""
-    version = (await request(client, url, "/weight_info"))["weight_version"]
-    if servers.version in ("", version):
-        return
-    if not servers.weights_dir:
-        raise ValueError(f"{url} was restarted, and cannot rejoin a run with "
-                         "rollout.weight_transfer=nccl: run the same command again")
-    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(servers.weights_dir)}}
+async def check_weights(client: AsyncClient, servers: Servers, url: str) -> Exception | None:
+    """Make a server read the current weights if it has others. Returns why it does not answer.
+
+    Raises ValueError if the server cannot be used.
+    """
     try:
-        await request(client, url, "/collective_rpc", reload)
-    except ServerError as error:  # vLLM does not survive a failed reload: no use in another try
-        raise ValueError(f"{error}: does the server see {servers.weights_dir}, and does it run the "
-                         "same model?") from error
-    if not (await request(client, url, "/reset_prefix_cache", {}))["success"]:
-        raise ServerError(f"{url} did not empty its prefix cache")
-    await request(client, url, "/update_weight_version", {"new_version": servers.version})
+        version = (await request(client, url, "/weight_info"))["weight_version"]
+        if servers.version in ("", version):
+            return None
+        if not servers.weights_dir:
+            raise ValueError(f"{url} has other weights ({version}): it was restarted, or serves "
+                             "another run too; run the same command again")
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(servers.weights_dir)}}
+        try:
+            await request(client, url, "/collective_rpc", reload)
+        except ServerError as error:  # vLLM does not survive a failed reload
+            raise ValueError(f"{error}: does the server see {servers.weights_dir}, and does it run "
+                             "the same model?") from error
+        await request(client, url, "/reset_prefix_cache", {})
+        await request(client, url, "/update_weight_version", {"new_version": servers.version})
+    except ConnectionError as error:
+        servers.warn(f"warning: {error}")
+        return error
 
 
 def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -199,8 +198,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
                 dtype: torch.dtype) -> Callable[[Iterable], None]:
     """A function that sends weights from this GPU to all servers, by vLLM's weight transfer."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer import nccl_engine
     from vllm.utils.network_utils import get_ip, get_open_port
 
     class Weights(WeightSource):
@@ -213,37 +211,36 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
         def __iter__(self):
             return iter(self.values)
 
-    def post(path: str, body: dict) -> list[dict]:
-        return request_all(servers, path, [body] * len(servers.urls))
+    def post(path: str, **body) -> None:
+        run(request_all, servers, path, [body] * len(servers.urls))
 
     def init_servers(info: dict) -> None:
         bodies = [{"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]
         try:
-            request_all(servers, "/init_weight_transfer_engine", bodies)
+            run(request_all, servers, "/init_weight_transfer_engine", bodies)
         except (OSError, ValueError) as error:  # said now, since vLLM waits for minutes to raise it
             servers.warn(f"warning: {error} (a server needs --weight-transfer-config "
                          "'{\"backend\": \"nccl\"}')")
             raise
 
-    sizes = request_all(servers, "/get_world_size", [None] * len(servers.urls))
+    sizes = run(request_all, servers, "/get_world_size", [None] * len(servers.urls))
     first_ranks = list(accumulate((size["world_size"] for size in sizes), initial=1))  # 0: trainer
     client = SimpleNamespace(
         init_weight_transfer_engine=init_servers,
-        start_weight_update=lambda: post("/start_weight_update", {}),
-        update_weights=lambda info: post("/update_weights", {"update_info": info}),
-        finish_weight_update=lambda: post("/finish_weight_update",
-                                          {"weight_version": servers.version}))
-    post("/shutdown_weight_transfer_engine", {})  # that of an earlier run
+        start_weight_update=lambda: post("/start_weight_update"),
+        update_weights=lambda info: post("/update_weights", update_info=info),
+        finish_weight_update=lambda: post("/finish_weight_update", weight_version=servers.version))
+    post("/shutdown_weight_transfer_engine")  # that of an earlier run
     source = Weights()
-    group = NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
-    engine = WeightTransferTrainerFactory.trainer_init(group, client=client, source=source)
+    group = nccl_engine.NCCLTrainerInitInfo(get_ip(), get_open_port(), first_ranks[-1], rank=0)
+    engine = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
+        group, client=client, source=source)
 
     def send(weights: Iterable[tuple[str, Tensor]]) -> None:
         source.values = weights
         torch.accelerator.synchronize()  # vLLM reads the weights on its own CUDA streams
         engine.send_weights()
-        if not all(answer["success"] for answer in post("/reset_prefix_cache", {})):
-            raise ConnectionError("a server did not empty its prefix cache")
+        post("/reset_prefix_cache")
     return send
 
 
@@ -259,65 +256,51 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
 
     Raises ConnectionError if no server answers, ValueError if one rejects a request.
     """
-    copies = params.n if params.temperature == 0 else 1  # greedy: vLLM only allows one sample
-    samples = params.n // copies
-    shared = {**params._asdict(), **NEUTRAL, "n": samples, "logprobs": 0, "return_token_ids": True,
-              "stop_token_ids": stop_ids}
-    bodies = [{"prompt": [int(token) for token in ids], "seed": request_seed(seed), **shared}
+    shared = {**shared_params(params, stop_ids), **NEUTRAL, "return_token_ids": True}
+    bodies = [{"prompt": ids, "seed": request_seed(seed), **shared}
               for ids, seed in zip(prompts, seeds, strict=True)]
     concurrency = max(1, max_num_seqs // params.n)
-    with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
-        rows = asyncio.run(with_client(complete, servers, bodies, concurrency, bar))
-    flat = make_responses(tokenizer, [row for group in rows for row in group])
-    return [flat[i:i + samples] * copies for i in range(0, len(flat), samples)]
+    rows = run(complete, servers, bodies, concurrency, progress)
+    return make_groups(tokenizer, [row for group in rows for row in group], params)
 
 
-async def complete(client: httpx2.AsyncClient, servers: Servers, bodies: list[dict],
-                   concurrency: int, bar: tqdm) -> list[list[tuple[np.ndarray, np.ndarray, bool]]]:
+async def complete(client: AsyncClient, servers: Servers, bodies: list[dict], concurrency: int,
+                   progress: str = "") -> list[list[tuple]]:
     """For each body the rows of `read_choices`, with `concurrency` requests in progress.
 
     A request goes to the least loaded server, and if that fails to another. Raises ConnectionError
     if all fail for `servers.timeout` seconds, ValueError if one refuses or got other weights.
     """
     healthy, load = await healthy_servers(client, servers), Counter()  # URLs; requests by URL
-    used, warned = set(), set()
     semaphore, checking = asyncio.Semaphore(concurrency), asyncio.Lock()
 
-    async def complete_one(body: dict) -> list:
+    async def complete_one(body: dict) -> list[tuple]:
         failures = Counter()  # by URL
-        while True:
-            url = min(healthy, key=lambda url: (failures[url], load[url]))
-            load[url] += 1
-            try:
-                answer = await request(client, url, "/v1/completions", body)
-                rows = read_choices(url, answer, body["max_tokens"])
-                used.add(url)
-                return rows
-            except ConnectionError as error:
-                if failures.total() > servers.timeout:  # a failure takes at least a second
-                    raise
-                if isinstance(error, ServerError) and url not in warned:
-                    warned.add(url)
-                    servers.warn(f"warning: {error}")
-                failures[url] += 1
+        async with semaphore:
+            while True:
+                url = min(healthy, key=lambda url: (failures[url], load[url]))
+                load[url] += 1
+                try:
+                    answer = await request(client, url, "/v1/completions", body)
+                    rows = read_choices(url, answer, body["max_tokens"])
+                    bar.update()
+                    return rows
+                except ConnectionError as error:
+                    if isinstance(error, ServerError):  # the next check warns of others
+                        servers.warn(f"warning: {error}")
+                    if failures.total() > servers.timeout:  # a failure takes at least a second
+                        raise
+                    failures[url] += 1
+                finally:
+                    load[url] -= 1
                 await asyncio.sleep(1)
                 async with checking:
                     healthy[:] = await healthy_servers(client, servers)
-            finally:
-                load[url] -= 1
 
-    async def in_turn(body: dict) -> list:
-        async with semaphore:
-            rows = await complete_one(body)
-        bar.update()
-        return rows
-
-    results = await asyncio.gather(*map(in_turn, bodies))
-    for url in used.intersection(healthy):
-        version = (await request(client, url, "/weight_info"))["weight_version"]
-        if version != servers.version:
-            raise ValueError(f"{url} got other weights ({version}) while it generated: a server "
-                             "serves one run at a time")
+    with tqdm(desc=progress, total=len(bodies), disable=not progress, leave=False, delay=10) as bar:
+        results = await asyncio.gather(*map(complete_one, bodies))
+    used = replace(servers, urls=[url for url in healthy if url in load], weights_dir=None)
+    await healthy_servers(client, used, at_least=0)  # raises if one has got other weights
     return results
 
 

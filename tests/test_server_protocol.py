@@ -1,6 +1,5 @@
 """Requests to slow, broken or absent servers: fakes here, real ones in test_vllm_server.py."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -10,10 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from infra.config import load_config
-from infra.vllm_server import Servers, complete, healthy_servers, with_client
+from infra.vllm_server import Servers, complete, healthy_servers, run
 
 
 @pytest.fixture
@@ -72,15 +70,13 @@ def make_servers(*urls, timeout=0, warnings=None, weights_dir=None):
 
 
 def check(servers, at_least=1):
-    return asyncio.run(with_client(healthy_servers, servers, at_least))
+    return run(healthy_servers, servers, at_least)
 
 
 def generate(count, servers, concurrency=4):
     """The first tokens of the responses to the prompts [0], [1], ..."""
     bodies = [{"prompt": [i], "max_tokens": 5} for i in range(count)]
-    with tqdm(total=count, disable=True) as bar:
-        results = asyncio.run(with_client(complete, servers, bodies, concurrency, bar))
-    return [rows[0][0][0] for rows in results]
+    return [rows[0][0][0] for rows in run(complete, servers, bodies, concurrency)]
 
 
 def test_if_no_server_answers_the_error_says_which_for_how_long_and_what_to_do():
@@ -138,8 +134,7 @@ def test_the_responses_of_a_group_come_in_their_order(fake_server):
         return status, reply
     servers = make_servers(fake_server(reversed_choices))
     bodies = [{"prompt": [7], "max_tokens": 5}]
-    with tqdm(disable=True) as bar:
-        (rows,) = asyncio.run(with_client(complete, servers, bodies, 1, bar))
+    (rows,) = run(complete, servers, bodies, 1)
     assert [ids.tolist() for ids, _, _ in rows] == [[0], [1], [2]]
 
 
@@ -151,7 +146,7 @@ def test_a_server_that_another_run_sends_weights_to_is_an_error(fake_server):
         if path == "/v1/completions":
             version[0] = "another's"
         return status, {**reply, "weight_version": version[0]}
-    with pytest.raises(ValueError, match="got other weights .* serves one run at a time"):
+    with pytest.raises(ValueError, match="has other weights .another's.: .*serves another run"):
         generate(1, make_servers(fake_server(shared)))
 
 
@@ -208,7 +203,7 @@ def test_a_server_that_cannot_read_the_weights_is_an_error_that_says_where_they_
 def test_a_restarted_server_ends_a_run_with_nccl(fake_server):
     servers = make_servers(fake_server(answer))
     servers.version = "2"
-    message = "was restarted, and cannot rejoin .*nccl: run the same command again"
+    message = "has other weights .1.: it was restarted, .* run the same command again"
     with pytest.raises(ValueError, match=message):
         check(servers)
 
