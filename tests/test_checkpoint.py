@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged resumes as if nothing had happened, or says what is wrong."""
+"""A run that is stopped, killed or damaged resumes as if nothing had happened, or says why not."""
 
 import json
 import re
@@ -406,7 +406,8 @@ def test_a_finished_checkpoint_is_not_run_for_zero_steps(start, origin):
 
 
 def test_a_branch_may_change_any_key_and_says_which(start, origin, capsys):
-    changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8", "data.prompt_template={prompt} "]
+    changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8",
+               "data.prompt_template={prompt} "]
     run_dir = start(*SAVED, f"resume={origin}", *changed)
     lines = ["actor.lr: 0.0002 -> 1e-05", "actor.weight_decay: 0.1 -> 0.0",
              "data.prompt_template: {prompt} -> {prompt} ", "rollout.n: 4 -> 8"]
