@@ -273,6 +273,8 @@ def main() -> None:
         saved = [f"resumes from {path}" for path in list_checkpoints(config.run_dir)]
         raise SystemExit("interrupted; the same command "
                          f"{saved[0] if saved else 'starts from the beginning'}") from None
+    finally:
+        lock.release()
     if accelerator.is_main_process and finished:
         print_report(config, progress.evaluations, time.perf_counter() - start)
     elif accelerator.is_main_process:
@@ -282,7 +284,6 @@ def main() -> None:
     accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after others
     state.engine.close()  # before the process groups that it has joined are gone
     accelerator.end_training()
-    lock.release()
     if accelerator.num_processes > 1:  # gloo's own shutdown sometimes hangs; all work is done
         sys.stdout.flush()
         sys.stderr.flush()

@@ -42,16 +42,21 @@ def measure(overrides: list[str], steps: int) -> dict[str, float]:
                                  f"run_dir={folder}/run")
         rows = train(state, data)
         state.engine.close()
-    names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate", "actor/mismatch_abs"]
-    return {"start": times[0], **{name: statistics.median(row[name] for row in rows) for name in names}}
+    names = ["time/step", "time/generate", "time/sync", "tokens_per_s/generate",
+             "actor/mismatch_abs"]
+    return {"start": times[0], **{name: statistics.median(row[name] for row in rows)
+                                  for name in names}}
 
 
 def serve() -> tuple[subprocess.Popen, float]:
     """A server, and the seconds that it took to start."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base", "--port", str(PORT),
-         "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"],
-        env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base",
+         "--port", str(PORT),
+         "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
+         "--no-enable-chunked-prefill"],
+        env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+             "OMP_NUM_THREADS": "1",
              "VLLM_LOGGING_LEVEL": "ERROR"},  # threads that wait for work take the trainer's cores
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start = time.perf_counter()
@@ -79,13 +84,16 @@ def main() -> None:
           "(mean log-prob difference) |\n|---|---|---|---|---|---|---|")
     for name in args.ways:
         server, start = serve() if name == "vllm server" else (None, None)
-        result = subprocess.run([sys.executable, __file__, "--one", name, "--steps", str(args.steps)],
+        result = subprocess.run([sys.executable, __file__, "--one", name, "--steps",
+                                 str(args.steps)],
                                 stdout=subprocess.PIPE, text=True, check=True)
         if server:
             os.killpg(server.pid, signal.SIGTERM)
         row = json.loads(result.stdout.splitlines()[-1])
-        print(f"| {name} | {start or row['start']:.1f} | {row['time/step']:.2f} | {row['time/generate']:.2f} | "
-              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | {row['actor/mismatch_abs']:.0e} |",
+        print(f"| {name} | {start or row['start']:.1f} | {row['time/step']:.2f} | "
+              f"{row['time/generate']:.2f} | "
+              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | "
+              f"{row['actor/mismatch_abs']:.0e} |",
               flush=True)
 
 

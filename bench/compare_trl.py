@@ -1,14 +1,15 @@
 """The embedded task by this trainer and by TRL's GRPOTrainer: seconds per trained response, and to
 a given accuracy.
 
-    python bench/compare_trl.py --trl-python /tmp/trl_venv/bin/python [--repeats 3] [--parts speed accuracy]
+    python bench/compare_trl.py --trl-python /tmp/trl_venv/bin/python [--repeats 3]
+        [--parts speed accuracy]
 
 TRL wants an environment of its own, and in it what this repository imports:
 
     python -m venv /tmp/trl_venv
-    /tmp/trl_venv/bin/pip install torch==2.13.0     # as where `python` above is: a CPU build, or one for GPUs
-    /tmp/trl_venv/bin/pip install trl==1.16.0 transformers==5.19.0 accelerate==1.15.0 datasets pyyaml filelock \
-        matplotlib httpx2 numpy==2.3.5
+    /tmp/trl_venv/bin/pip install torch==2.13.0     # the build of `python` above: CPU or GPU
+    /tmp/trl_venv/bin/pip install trl==1.16.0 transformers==5.19.0 accelerate==1.15.0 \
+        datasets pyyaml filelock matplotlib httpx2 numpy==2.3.5
 
 Two parts, each side in turn and in a process of its own, a seed a repeat; start-up, validation and
 saving not counted:
@@ -101,15 +102,19 @@ def run_trl(args: argparse.Namespace, state, prompts: list,
     from trl import GRPOTrainer
     config, seen = state.config, []
     state.policy.set_attn_implementation("sdpa")  # not block_sdpa
-    if state.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"] != [p.token_ids for p in prompts]:
+    token_ids = state.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"]
+    if token_ids != [prompt.token_ids for prompt in prompts]:
         raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way
     updates = config.data.train_batch_size * config.rollout.n // config.actor.ppo_mini_batch_size
     optimizer = state.optimizer.optimizer
-    schedule = LambdaLR(optimizer, lambda update: min(1.0, (update // updates + 1) / config.actor.lr_warmup_steps))
+    warmup = config.actor.lr_warmup_steps
+    schedule = LambdaLR(optimizer, lambda update: min(1.0, (update // updates + 1) / warmup))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=state.policy, reward_funcs=make_reward(state, seen), args=trl_config(args, config, updates, folder),
-            train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]),
+            model=state.policy, reward_funcs=make_reward(state, seen),
+            args=trl_config(args, config, updates, folder),
+            train_dataset=Dataset.from_list([{"prompt": prompt.text, "answer": prompt.answer}
+                                             for prompt in prompts]),
             processing_class=state.tokenizer, optimizers=(optimizer, schedule))
         if trainer.accelerator.unwrap_model(trainer.model) is not state.policy:
             raise SystemExit("TRL trains another model than the one that is evaluated")
@@ -121,7 +126,8 @@ def run_trl(args: argparse.Namespace, state, prompts: list,
                 if trainer_state.global_step % updates == 0:
                     accs, lengths = zip(*seen, strict=True)
                     control.should_training_stop = stopwatch.after_step(
-                        responses=len(seen), acc=statistics.mean(accs), length=statistics.mean(lengths))
+                        responses=len(seen), acc=statistics.mean(accs),
+                        length=statistics.mean(lengths))
                     seen.clear()
         trainer.add_callback(Watch())
         stopwatch = Stopwatch(args, evaluate)
@@ -138,8 +144,10 @@ def make_reward(state, seen: list[tuple[float, int]]) -> Callable:
         tasks = [Task([text], [len(ids)], right, {}) for text, ids, right
                  in zip(completions, completion_ids, answer, strict=True)]
         scores = [of_task[0] for of_task in state.scorer(tasks)]
-        seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids, strict=True))
-        return [score.score + overlong_penalty(len(ids), config.data.max_response_length, config.overlong_buffer.len,
+        seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids,
+                                                                strict=True))
+        return [score.score + overlong_penalty(len(ids), config.data.max_response_length,
+                                               config.overlong_buffer.len,
                                                config.overlong_buffer.penalty_factor)
                 for score, ids in zip(scores, completion_ids, strict=True)]
     return reward
@@ -152,19 +160,24 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
     responses, actor = config.data.train_batch_size * config.rollout.n, config.actor
     return GRPOConfig(
         output_dir=folder, seed=config.seed, use_cpu=not torch.cuda.is_available(), bf16=False,
-        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
+        disable_tqdm=True,
         max_steps=updates * (args.max_steps if args.part == "accuracy" else WARM_UP + args.steps),
-        per_device_train_batch_size=args.micro_batch, steps_per_generation=responses // args.micro_batch,
-        gradient_accumulation_steps=actor.ppo_mini_batch_size // args.micro_batch, num_generations=config.rollout.n,
-        max_completion_length=config.data.max_response_length, temperature=config.rollout.temperature,
+        per_device_train_batch_size=args.micro_batch,
+        steps_per_generation=responses // args.micro_batch,
+        gradient_accumulation_steps=actor.ppo_mini_batch_size // args.micro_batch,
+        num_generations=config.rollout.n,
+        max_completion_length=config.data.max_response_length,
+        temperature=config.rollout.temperature,
         top_p=config.rollout.top_p, top_k=0, learning_rate=actor.lr, max_grad_norm=actor.grad_clip,
-        loss_type="dapo", epsilon=actor.clip_ratio_low, epsilon_high=actor.clip_ratio_high, beta=0.0,
+        loss_type="dapo", epsilon=actor.clip_ratio_low, epsilon_high=actor.clip_ratio_high,
+        beta=0.0,
         num_iterations=actor.ppo_epochs, scale_rewards="group", mask_truncated_completions=False,
         use_transformers_continuous_batching=args.continuous_batching)
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One side, in this process. Both start from the same `setup`: policy, optimizer, prompts, scorer."""
+    """One side, in this process. Both start from the same `setup`."""
     sys.path.insert(0, str(ROOT))
     from infra.config import load_config
     from infra.setup import setup
@@ -186,7 +199,8 @@ def measure(args: argparse.Namespace) -> dict:
 
 def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> dict:
     """One side in a process of its own, and what it printed last."""
-    command = [args.trl_python if side == "trl" else sys.executable, __file__, "--one", side, "--part", part,
+    command = [args.trl_python if side == "trl" else sys.executable, __file__, "--one", side,
+               "--part", part,
                "--seed", str(seed), "--steps", str(args.steps), "--max-steps", str(args.max_steps),
                "--target", str(args.target), "--micro-batch", str(args.micro_batch)]
     result = subprocess.run(command + ["--continuous-batching"] * args.continuous_batching,
@@ -198,20 +212,24 @@ def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> 
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and the least and the most."""
-    return (f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+    return (f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to "
+            f"{max(values):.{digits}f})")
 
 
 def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
     """Print the table of the first part; returns each side's seconds per trained response."""
-    print("| | ms per trained response, median (least to most) | seconds a step | responses a step | acc at step 1 | "
+    print("| | ms per trained response, median (least to most) | seconds a step | responses a step "
+          "| acc at step 1 | "
           "mean length at step 1 | in the timed steps |\n|---|---|---|---|---|---|---|")
     figures = {}
     for side, runs in results.items():
         timed = [result["rows"][WARM_UP:] for result in runs]
         firsts = [result["rows"][0] for result in runs]
-        figures[side] = [statistics.median(row["seconds"] / row["responses"] for row in rows) for rows in timed]
+        figures[side] = [statistics.median(row["seconds"] / row["responses"] for row in rows)
+                         for rows in timed]
         print(f"| {side} | {spread([1000 * seconds for seconds in figures[side]], 2)} | "
-              f"{spread([statistics.median(row['seconds'] for row in rows) for rows in timed], 2)} | "
+              f"{spread([statistics.median(row['seconds'] for row in rows) for rows in timed], 2)} "
+              f"| "
               f"{statistics.mean(row['responses'] for rows in timed for row in rows):.0f} | "
               f"{statistics.mean(row['acc'] for row in firsts):.3f} | "
               f"{statistics.mean(row['length'] for row in firsts):.1f} | "
@@ -222,7 +240,8 @@ def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
 def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, list[float]]:
     """Print the table of the second part; returns each side's seconds of training, infinite where
     ours fell short."""
-    print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds a step | "
+    print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds "
+          f"a step | "
           "accuracies (avg@4) |\n|---|---|---|---|---|")
     figures = {}
     for side, runs in results.items():
@@ -232,10 +251,13 @@ def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, l
             reached = max(result["accuracies"].values(), default=0.0) >= target
             seconds = sum(row["seconds"] for row in result["rows"])
             figures[side].append(seconds if reached or side == "trl" else math.inf)
-        curves = "; ".join(", ".join(f"{step}: {acc:.3f}" for step, acc in result["accuracies"].items())
+        curves = "; ".join(", ".join(f"{step}: {acc:.3f}" for step,
+                                     acc in result["accuracies"].items())
                            for result in runs)
-        per_step = [sum(row["seconds"] for row in result["rows"]) / len(result["rows"]) for result in runs]
-        print(f"| {side} | {spread(figures[side], 1)} | {', '.join(map(str, steps))} | {spread(per_step, 2)} | "
+        per_step = [sum(row["seconds"] for row in result["rows"]) / len(result["rows"])
+                    for result in runs]
+        print(f"| {side} | {spread(figures[side], 1)} | {', '.join(map(str, steps))} | "
+              f"{spread(per_step, 2)} | "
               f"{curves} |")
     return figures
 
@@ -246,10 +268,12 @@ def main() -> None:
     parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
     parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="speed: timed rollout steps of a process")
+    parser.add_argument("--steps", type=int, default=6, help="speed: timed rollout steps of a "
+                        "process")
     parser.add_argument("--max-steps", type=int, default=60, help="accuracy: rollout steps at most")
     parser.add_argument("--target", type=float, default=0.85)
-    parser.add_argument("--micro-batch", type=int, default=128, help="TRL's per_device_train_batch_size")
+    parser.add_argument("--micro-batch", type=int, default=128,
+                        help="TRL's per_device_train_batch_size")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL writes with it")
     parser.add_argument("--one", choices=SIDES, help="measure this side, and print JSON")
     parser.add_argument("--part", choices=GOALS, default="speed")
@@ -271,8 +295,10 @@ def main() -> None:
         figures = speed_table(results) if part == "speed" else accuracy_table(results, args.target)
         pairs = [ours / trl for ours, trl in zip(figures["ours"], figures["trl"], strict=True)]
         ratio = statistics.median(figures["ours"]) / statistics.median(figures["trl"])
-        print(f"\n{part}: ours / TRL of each pair {', '.join(f'{pair:.2f}' for pair in pairs)}\n", flush=True)
-        results_text.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})" if part == "speed" else
+        print(f"\n{part}: ours / TRL of each pair {', '.join(f'{pair:.2f}' for pair in pairs)}\n",
+              flush=True)
+        results_text.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})"
+                            if part == "speed" else
                         f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
         missed = missed or not ratio <= GOALS[part]
     print(", ".join(results_text))

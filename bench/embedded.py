@@ -57,7 +57,8 @@ def run_seed(seed: int, folder: Path, args: argparse.Namespace) -> tuple[dict, d
     if not args.here:
         clone = folder / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-        prepare, activate = f"{sys.executable} -m venv {folder}/venv", f". {folder}/venv/bin/activate; "
+        prepare = f"{sys.executable} -m venv {folder}/venv"
+        activate = f". {folder}/venv/bin/activate; "
         install = "pip install -r requirements.txt && "
     shell(prepare, clone, folder)
     seconds = shell(f"{activate}{install}{launch} run_dir={folder}/dapo", clone, folder)
@@ -76,8 +77,10 @@ def main() -> None:
     parser.add_argument("--here", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args, missed = parser.parse_intermixed_args(), []
-    print("| | seed | avg@4 before | at step 10 | after | length before | after | responses generated"
-          " | seconds in steps | minutes, installation included |\n|---|---|---|---|---|---|---|---|---|"
+    print("| | seed | avg@4 before | at step 10 | after | length before | after | responses "
+          "generated"
+          " | seconds in steps | minutes, installation included "
+          "|\n|---|---|---|---|---|---|---|---|---|"
           "---|", flush=True)
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,8 @@ def main() -> None:
                    "length": dapo["length after"] >= GOALS["length"] * dapo["length before"],
                    "minutes": seconds / 60 <= GOALS["minutes"]}
         missed += [f"seed {seed}: {name}" for name, ok in reached.items() if not ok]
-    print(f"\ngoals: before at most {GOALS['before']}, after at least {GOALS['after']}, length times "
+    print(f"\ngoals: before at most {GOALS['before']}, after at least {GOALS['after']}, length "
+          f"times "
           f"{GOALS['length']}, {GOALS['minutes']} minutes"
           + "".join(f"; missed: {name}" for name in missed))
     sys.exit(bool(missed))

@@ -47,7 +47,7 @@ def read_rows(file: Path) -> list[dict]:
 
 
 def compare(old: Path, new: Path) -> tuple[list[str], list[str]]:
-    """What differs between two runs' directories, and the names of metrics that one of them lacks."""
+    """What differs between two runs' directories, and the metrics that only one of them has."""
     differences, lacking, counts = [], set(), {"responses": 0, "values": 0}
     for file in sorted({path.name for path in [*old.glob("rollouts/*"), *new.glob("rollouts/*")]}):
         files = [run_dir / "rollouts" / file for run_dir in (old, new)]
@@ -97,7 +97,8 @@ def main() -> None:
         print(f"differs: {difference}")
     if lacking:
         print(f"metrics of one side only: {', '.join(lacking)}")
-    print(f"{args.steps} steps, {len(differences)} differences in responses, advantages, metrics and "
+    print(f"{args.steps} steps, {len(differences)} differences in responses, advantages, metrics "
+          f"and "
           f"weights (goal 0): {'different' if differences else 'the same to the bit'}")
     sys.exit(bool(differences))
 

@@ -1,7 +1,7 @@
 """Kill -9 a run of the embedded task at random moments, saving included; it must end as if nothing
 had happened.
 
-    python bench/kill_resume.py [--kills 20] [--seed 0] [key.sub=value ...]        about 8 minutes on 2 cores
+    python bench/kill_resume.py [--kills 20] [--seed 0] [key.sub=value ...]   8 minutes on 2 cores
 
 Compares the finished run, resumed after each kill, with an uninterrupted one: metrics.jsonl (times
 aside), rollout files and final weights must be identical. Exits with 1 on any difference."""
@@ -24,7 +24,8 @@ MOMENTS = ("anywhere", "in a step", "while saving")
 
 def start(run_dir: Path, overrides: list[str], log) -> subprocess.Popen:
     """The trainer as a process of its own: the launcher would be killed in its place."""
-    return subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
+    return subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml",
+                             f"run_dir={run_dir}",
                              "save_every=1", *overrides], cwd=ROOT, stdout=log, stderr=log)
 
 
@@ -32,7 +33,8 @@ def rows(run_dir: Path) -> list[dict]:
     """The whole rows of metrics.jsonl, without what depends on the clock."""
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith(("time/", "tokens_per_s/"))}
+    return [{name: value for name, value in json.loads(line).items()
+             if not name.startswith(("time/", "tokens_per_s/"))}
             for line in lines if line.endswith("\n")]
 
 
@@ -60,16 +62,20 @@ def half_written(run_dir: Path) -> bool:
 def run_differences(straight: Path, broken: Path) -> list[str]:
     """What is not identical in two runs' directories."""
     found = [] if rows(straight) == rows(broken) else ["metrics.jsonl"]
-    files = {path.relative_to(straight) for path in [*straight.glob("rollouts/*"), *straight.glob("model/*")]}
-    others = {path.relative_to(broken) for path in [*broken.glob("rollouts/*"), *broken.glob("model/*")]}
-    return found + sorted(str(file) for file in files ^ others) + sorted(
-        str(file) for file in files & others if (straight / file).read_bytes() != (broken / file).read_bytes())
+    files = {path.relative_to(straight) for path in [*straight.glob("rollouts/*"),
+                                                     *straight.glob("model/*")]}
+    others = {path.relative_to(broken) for path in [*broken.glob("rollouts/*"),
+                                                    *broken.glob("model/*")]}
+    unequal = [file for file in files & others
+               if (straight / file).read_bytes() != (broken / file).read_bytes()]
+    return found + sorted(map(str, files ^ others)) + sorted(map(str, unequal))
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int, overrides: list[str]) -> tuple[list[str], Counter]:
-    """The differences between the two runs, and how many kills hit the run while it saved, and elsewhere.
-    """
-    rng, hit, straight, broken = random.Random(seed), Counter(), folder / "straight", folder / "broken"
+def kill_and_resume(folder: Path, kills: int, seed: int,
+                    overrides: list[str]) -> tuple[list[str], Counter]:
+    """The differences between the two runs, and how many kills hit it while saving, and elsewhere."""
+    rng, hit = random.Random(seed), Counter()
+    straight, broken = folder / "straight", folder / "broken"
     with open(folder / "log.txt", "w") as log:
         assert start(straight, overrides, log).wait() == 0, f"see {folder / 'log.txt'}"
         last = rows(straight)[-1]["step"]

@@ -37,7 +37,8 @@ def measure(way: str, tokens: int, vocabulary: int) -> dict[str, float]:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     hidden = torch.empty(tokens, WIDTH, device=device, dtype=dtype).normal_().requires_grad_()
-    weight = torch.empty(vocabulary, WIDTH, device=device, dtype=dtype).normal_(std=WIDTH**-0.5).requires_grad_()
+    weight = torch.empty(vocabulary, WIDTH, device=device,
+                         dtype=dtype).normal_(std=WIDTH**-0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=device)
     function = plain if way == "plain" else fused_linear_logprobs
     for x in (hidden, weight):
@@ -63,7 +64,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=("plain", "chunks"), help="measure this one, and print JSON")
+    parser.add_argument("--one", choices=("plain", "chunks"), help="measure this one, and print "
+                        "JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.tokens, args.vocabulary)))
@@ -79,11 +81,14 @@ def main() -> None:
     medians = {}
     for way, found in rows.items():
         seconds = sorted(row["seconds"] for row in found)
-        medians[way] = {name: statistics.median(row[name] for row in found) for name in ("bytes", "seconds")}
+        medians[way] = {name: statistics.median(row[name] for row in found)
+                        for name in ("bytes", "seconds")}
         print(f"| {way} | {medians[way]['bytes'] / 1e9:.2f} | {medians[way]['seconds']:.2f} | "
               f"{seconds[0]:.2f} to {seconds[-1]:.2f} |")
-    memory, seconds = (medians["chunks"][name] / medians["plain"][name] for name in ("bytes", "seconds"))
-    print(f"memory {memory:.3f} of plain (goal {MEMORY_GOAL}), time {seconds:.2f} (goal {TIME_GOAL})")
+    memory, seconds = (medians["chunks"][name] / medians["plain"][name]
+                       for name in ("bytes", "seconds"))
+    print(f"memory {memory:.3f} of plain (goal {MEMORY_GOAL}), time {seconds:.2f} (goal "
+          f"{TIME_GOAL})")
     raise SystemExit(memory > MEMORY_GOAL or seconds > TIME_GOAL)
 
 

@@ -24,10 +24,14 @@ from infra.batching import Sample, collate
 from rollout import SamplingParams
 
 ON_GPU, EXACT, LOOSE = torch.cuda.is_available(), (0.9, 1.1), (0.8, 1.25)
-SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16, "T": 112, "n": 8}
-HALF_B = {"L": 24, "H": 896, "heads": 14, "kv_heads": 2, "I": 4864, "V": 151936, "B": 4, "P": 128, "T": 1024, "n": 8}
-TERMS = {  # formula, bounds; the symbols are those of docs/SCALING.md, with one type for weights and computing
-    "parameters": ("c*(2*V*H + L*(2*H*H + 2*H*K + 3*H*I + 3*H + 2*K) + H)", EXACT),  # 3H: two norms, q's bias
+SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16,
+         "T": 112, "n": 8}
+HALF_B = {"L": 24, "H": 896, "heads": 14, "kv_heads": 2, "I": 4864, "V": 151936, "B": 4, "P": 128,
+          "T": 1024, "n": 8}
+# formula, bounds; the symbols are those of docs/SCALING.md, with one type for weights and computing
+TERMS = {
+    # 3H: two norms, q's bias
+    "parameters": ("c*(2*V*H + L*(2*H*H + 2*H*K + 3*H*I + 3*H + 2*K) + H)", EXACT),
     "gradients": ("c*N", EXACT),
     "Adam's moments": ("2*c*N", EXACT),
     "checkpoint file": ("3*c*N", EXACT),
@@ -39,9 +43,10 @@ TERMS = {  # formula, bounds; the symbols are those of docs/SCALING.md, with one
 
 
 class Storages(TorchDispatchMode):
-    """`read()`: bytes that were made inside it and are still there, and the most that there ever were."""
+    """`read()`: bytes that were made inside it and still exist, and the peak."""
     def __enter__(self):
-        self.live, self.peak, self.before = weakref.WeakValueDictionary(), 0, torch.cuda.memory_allocated()
+        self.live, self.peak = weakref.WeakValueDictionary(), 0
+        self.before = torch.cuda.memory_allocated()
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         return super().__enter__()
@@ -49,15 +54,18 @@ class Storages(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not ON_GPU:
-            given, made = ({t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tensors)
+            given, made = ({t.untyped_storage()._cdata: t.untyped_storage()
+                            for t in tree_leaves(tensors)
                             if isinstance(t, torch.Tensor)} for tensors in ((args, kwargs), result))
             self.live.update({key: storage for key, storage in made.items() if key not in given})
             self.peak = max(self.peak, self.read()[0])
         return result
 
     def read(self) -> tuple[int, int]:
-        gpu = torch.cuda.memory_allocated() - self.before, torch.cuda.max_memory_allocated() - self.before
-        return gpu if ON_GPU else (sum(storage.nbytes() for storage in self.live.values()), self.peak)
+        gpu = (torch.cuda.memory_allocated() - self.before,
+               torch.cuda.max_memory_allocated() - self.before)
+        return gpu if ON_GPU else (sum(storage.nbytes() for storage in self.live.values()),
+                                   self.peak)
 
 
 def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -73,23 +81,29 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
             sizes["gradients"] = storages.read()[0]
         model.gradient_checkpointing_enable()
     with Storages() as storages:
-        hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device, dtype=model.dtype,
+        hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device,
+                             dtype=model.dtype,
                              requires_grad=True)
-        logprobs.fused_linear_logprobs(hidden, model.lm_head.weight, batch["tokens"])[0].sum().backward()
+        logprobs.fused_linear_logprobs(hidden, model.lm_head.weight,
+                                       batch["tokens"])[0].sum().backward()
         sizes["head: gradient, chunk of logits, tokens"] = storages.read()[1]
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
-    sizes["Adam's moments"] = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file := io.BytesIO())
+    sizes["Adam's moments"] = sum(tensor.nbytes for state in optimizer.state.values()
+                                  for tensor in state.values())
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+               file := io.BytesIO())
     return {**sizes, "checkpoint file": file.tell()}
 
 
 def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) -> dict[str, int]:
     """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token) as
     they travel."""
-    caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows, **_: ["abc " * len(r) for r in rows])
+    caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows,
+                                        **_: ["abc " * len(r) for r in rows])
     rollout.DynamicCache = lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1]
-    groups = rollout.transformers_generate(model, texts, prompts, [(i,) for i in range(len(prompts))],
+    groups = rollout.transformers_generate(model, texts, prompts,
+                                           [(i,) for i in range(len(prompts))],
                                            SamplingParams(n, max_tokens))
     return {"KV cache": sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers),
             "responses exchanged": len(pickle.dumps(rollout.serialize(groups)))}
@@ -97,29 +111,40 @@ def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) ->
 
 def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     """Print a model's table; whether every ratio is within its bounds."""
-    logprobs.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16  # as small beside the logits as in a large run
-    config = Qwen2Config(vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.I, num_hidden_layers=shape.L,
+    # as small beside the logits as in a large run
+    logprobs.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16
+    config = Qwen2Config(vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.I,
+                         num_hidden_layers=shape.L,
                          num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads)
     with torch.device("cuda" if ON_GPU else "cpu") as device, Storages() as storages:
         model = Qwen2ForCausalLM(config).to(dtype).train()
         sizes = {"parameters": storages.read()[0]}
     ids = torch.randint(shape.V, (shape.B, shape.P + shape.T), device=device)
-    batch = collate([Sample(row[:shape.P].tolist(), row[shape.P:].int().cpu().numpy(), 0.0) for row in ids], 0, device)
-    sizes |= measure_training(model, batch) | measure_rollout(model, ids[:, :shape.P].tolist(), shape.n, shape.T)
-    summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10  # in float32; of bfloat16, a chunk's part beside it
-    symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads, "M": ids.numel(),
-               "C": logprobs.CHUNK_ELEMENTS, "W": summed, "N": sum(p.numel() for p in model.parameters())}
+    batch = collate([Sample(row[:shape.P].tolist(), row[shape.P:].int().cpu().numpy(), 0.0)
+                     for row in ids], 0, device)
+    sizes |= measure_training(model, batch) | measure_rollout(model, ids[:, :shape.P].tolist(),
+                                                              shape.n, shape.T)
+    # in float32; of bfloat16, a chunk's part beside it
+    summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10
+    symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads,
+               "M": ids.numel(),
+               "C": logprobs.CHUNK_ELEMENTS, "W": summed,
+               "N": sum(p.numel() for p in model.parameters())}
     print(f"\n{dtype}: " + ", ".join(f"{k} {v}" for k, v in symbols.items()),
-          "\n| term | formula | predicted bytes | measured bytes | ratio |\n|---|---|---|---|---|", sep="\n")
+          "\n| term | formula | predicted bytes | measured bytes | ratio |\n|---|---|---|---|---|",
+          sep="\n")
     predicted = {term: eval(formula, {}, symbols) for term, (formula, _) in TERMS.items()}
     for term, size in predicted.items():
-        print(f"| {term} | `{TERMS[term][0]}` | {size:,} | {sizes[term]:,} | {sizes[term] / size:.3f} |")
-    return all(low <= sizes[term] / predicted[term] <= high for term, (_, (low, high)) in TERMS.items())
+        print(f"| {term} | `{TERMS[term][0]}` | {size:,} | {sizes[term]:,} | "
+              f"{sizes[term] / size:.3f} |")
+    return all(low <= sizes[term] / predicted[term] <= high for term,
+               (_, (low, high)) in TERMS.items())
 
 
 if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name() if ON_GPU else 'CPU'}, torch {torch.__version__}")
     shape = SimpleNamespace(**(HALF_B if ON_GPU else SMALL))
     good = [measure_model(shape, dtype) for dtype in (torch.float32, torch.bfloat16)[ON_GPU:]]
-    print(f"\ngoal: ratios within {EXACT}, kept activations {LOOSE}: {'reached' if all(good) else 'missed'}")
+    print(f"\ngoal: ratios within {EXACT}, kept activations {LOOSE}: "
+          f"{'reached' if all(good) else 'missed'}")
     sys.exit(not all(good))

@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from infra.config import load_config  # noqa: E402
 from infra.data import load_data  # noqa: E402
@@ -48,8 +49,10 @@ def random_model() -> LlamaForCausalLM:
     `MEAN_LENGTH` but for the cut."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=2048, hidden_size=320, intermediate_size=1280, num_hidden_layers=5, num_attention_heads=5,
-        head_dim=64, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=EOS,
+        vocab_size=2048, hidden_size=320, intermediate_size=1280, num_hidden_layers=5,
+        num_attention_heads=5,
+        head_dim=64, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=EOS,
         pad_token_id=EOS))
     size = model.config.vocab_size
     head = torch.nn.Linear(model.config.hidden_size, size)  # Llama's has no bias
@@ -63,7 +66,8 @@ def load_case(name: str, args: argparse.Namespace):
     """A model, its tokenizer, the prompts to answer, and the most tokens of a response."""
     is_random = name == "random"
     tokenizer = AutoTokenizer.from_pretrained("toy/base" if is_random else name)
-    model = random_model() if is_random else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model = (random_model() if is_random
+             else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
     count = args.random_prompts if is_random else args.prompts
     config = load_config("config.yaml", ["data.train_file=toy/train.jsonl", "val.file="])
     prompts = load_data(config, tokenizer, lambda line: None, True).train[:count]
@@ -72,7 +76,8 @@ def load_case(name: str, args: argparse.Namespace):
             args.random_max_tokens if is_random else args.max_tokens)
 
 
-def sample_lengths(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_tokens: int, seed: int) -> list[int]:
+def sample_lengths(way: str, model, tokenizer, prompts: list[list[int]], n: int, max_tokens: int,
+                   seed: int) -> list[int]:
     """Lengths of n responses to each prompt, generated one of the three ways."""
     if way == "rollout.py":
         groups = transformers_generate(model, tokenizer, prompts,
@@ -80,16 +85,20 @@ def sample_lengths(way: str, model, tokenizer, prompts: list[list[int]], n: int,
                                        SamplingParams(n, max_tokens), max_num_seqs=n * len(prompts))
         return [len(response.token_ids) for group in groups for response in group]
     torch.manual_seed(seed)
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left", padding_value=EOS)
+    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left",
+                       padding_value=EOS)
     mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor([[len(p)] for p in prompts])
     add_logprobs = way.endswith("log-probs")
     with torch.no_grad():
         output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), do_sample=True,
+            input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device),
+            do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n, max_new_tokens=max_tokens,
-            eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=add_logprobs, output_scores=add_logprobs)
+            eos_token_id=EOS, pad_token_id=EOS, return_dict_in_generate=add_logprobs,
+            output_scores=add_logprobs)
         if add_logprobs:
-            logprobs = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True).cpu()
+            logprobs = model.compute_transition_scores(output.sequences, output.scores,
+                                                       normalize_logits=True).cpu()
             output = output.sequences
     tokens = output[:, ids.shape[1]:].cpu()
     if add_logprobs and logprobs.shape != tokens.shape:
@@ -116,7 +125,8 @@ def measure(case: tuple, n: int, rounds: int) -> dict[str, list[tuple[float, flo
 def main() -> None:
     """Measure each model, print the table and whether the goal is met."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=["toy/base", "random"], help="directories, or `random`")
+    parser.add_argument("--models", nargs="+", default=["toy/base", "random"], help="directories, "
+                        "or `random`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n", type=int, default=16, help="responses a prompt")
     parser.add_argument("--prompts", type=int, default=48)
@@ -127,7 +137,8 @@ def main() -> None:
     os.chdir(ROOT)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    print("| model | parameters | responses x most tokens | generated by | tokens/s, median (least to most) | seconds | "
+    print("| model | parameters | responses x most tokens | generated by | tokens/s, median (least "
+          "to most) | seconds | "
           "mean length | ours / this |\n|---|---|---|---|---|---|---|---|")
     ratios = {}
     for name in args.models:
@@ -140,7 +151,8 @@ def main() -> None:
             ratio = statistics.median(ours) / statistics.median(speeds)
             if way != WAYS[0]:
                 ratios[name] = min(ratio, ratios.get(name, ratio))
-            print(f"| {name} | {case[0].num_parameters() / 1e6:.1f}M | {len(case[2]) * args.n} x {case[3]} | {way} | "
+            print(f"| {name} | {case[0].num_parameters() / 1e6:.1f}M | {len(case[2]) * args.n} x "
+                  f"{case[3]} | {way} | "
                   f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | "
                   f"{statistics.median(seconds):.2f} | {statistics.mean(lengths):.1f} | "
                   f"{ratio:.2f} ({min(rounds):.2f} to {max(rounds):.2f}) |", flush=True)

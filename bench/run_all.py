@@ -28,26 +28,32 @@ SECTION = re.compile(r"```bash\n([^\n]+)\n```\n\n<!-- printed -->.*?<!-- end -->
 def circumstances() -> str:
     """What a figure depends on besides the code: commit, date, machine, versions."""
     import torch
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True,
                             check=True).stdout.strip()
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         name = re.search(r"model name\s*: (.*)", info)
-        machine = f"{os.cpu_count()} cores, {name.group(1) if name else platform.processor()}, no GPU"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    return f"Commit {commit}, {date.today()}; {machine}; Python {platform.python_version()}, {packages}."
+        processor = name.group(1) if name else platform.processor()
+        machine = f"{os.cpu_count()} cores, {processor}, no GPU"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers",
+                                                                "accelerate"))
+    python = platform.python_version()
+    return f"Commit {commit}, {date.today()}; {machine}; Python {python}, {packages}."
 
 
 def measure(command: str) -> tuple[str, bool]:
     """What a command prints, from its first table on, if it has one; and whether it reached its
-    goal. Raises OSError where it did not come to that."""
+    goal. Raises OSError if it failed."""
     words = shlex.split(command)
     settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [sys.executable, *words[len(settings) + 1:]]  # its `python` is this one
-    result = subprocess.run(words, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False)
-    printed = result.stdout[("\n" + result.stdout).find("\n|"):] if "\n|" in "\n" + result.stdout else result.stdout
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE,
+                            text=True, check=False)
+    table = ("\n" + result.stdout).find("\n|")
+    printed = result.stdout[max(table, 0):]
     if "goal" not in printed.strip().rpartition("\n")[2]:
         raise OSError(f"{command}: exit code {result.returncode} without a line about its goal")
     return printed.strip(), result.returncode == 0
@@ -62,7 +68,8 @@ def main() -> None:
     commands = [command for command in SECTION.findall(PAGE.read_text(encoding="utf-8"))
                 if any(part in command for part in args.only)]
     if args.list or not commands:
-        sys.exit("\n".join(commands) or f"error: no command has {' or '.join(args.only)} in it: see --list")
+        sys.exit("\n".join(commands) or f"error: no command has {' or '.join(args.only)} in it: "
+                 f"see --list")
     outcomes, where = [], circumstances()
     for command in tqdm(commands, desc="benchmarks"):
         try:
@@ -73,7 +80,8 @@ def main() -> None:
         table, _, goal = printed.rpartition("\n")
         goal = f"{goal}: {'reached' if reached else '**missed**'}."
         outcomes.append((reached, f"{command}\n    {goal}"))
-        section = (f"```bash\n{command}\n```\n\n<!-- printed -->\n{table.strip()}\n\n{goal}\n\n{where}\n"
+        section = (f"```bash\n{command}\n```\n\n<!-- printed "
+                   f"-->\n{table.strip()}\n\n{goal}\n\n{where}\n"
                    "<!-- end -->")
         page = PAGE.read_text(encoding="utf-8")
         (before,) = (match[0] for match in SECTION.finditer(page) if match[1] == command)

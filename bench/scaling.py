@@ -43,7 +43,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for size in args.sizes:  # short steps are timed more often
             rows[size] += take_steps(size, max(1, max(args.sizes) // (4 * size)))
-    print("| responses | seconds a step, median (least to most) | generate | logprobs | update | ms a response |\n"
+    print("| responses | seconds a step, median (least to most) | generate | logprobs | update | "
+          "ms a response |\n"
           "|---|---|---|---|---|---|")
     per_response = {}
     for size, found in rows.items():
@@ -51,8 +52,10 @@ def main() -> None:
                   for name in ("step", "generate", "logprobs", "update")}
         per_response[size] = median["step"] / size
         times = [row["time/step"] for row in found]
-        print(f"| {size:,} | {median['step']:.2f} ({min(times):.2f} to {max(times):.2f}) | {median['generate']:.2f} | "
-              f"{median['logprobs']:.2f} | {median['update']:.2f} | {1e3 * per_response[size]:.2f} |")
+        print(f"| {size:,} | {median['step']:.2f} ({min(times):.2f} to {max(times):.2f}) | "
+              f"{median['generate']:.2f} | "
+              f"{median['logprobs']:.2f} | {median['update']:.2f} | {1e3 * per_response[size]:.2f} "
+              f"|")
     least, most = min(args.sizes), max(args.sizes)
     ratio = per_response[most] / per_response[least]
     print(f"\na step of {most:,} responses: {ratio:.2f} of {most // least} steps of {least} "

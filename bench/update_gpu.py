@@ -33,12 +33,16 @@ def make_case(shape: str, tokens: int):
     with tempfile.TemporaryDirectory() as folder:
         make_model(shape, Path(folder))
         state, _ = make_state(
-            f"model.path={folder}", "actor.lr=1e-9", "mixed_precision=bf16", f"model.dtype={dtype}", "val.file=", f"data.max_prompt_length={PROMPT_TOKENS}",
-            f"data.max_response_length={tokens}", "overlong_buffer.enable=false", "rollout.backend=transformers",
-            f"actor.max_tokens_per_micro_batch={MICRO}", "data.train_batch_size=8", f"rollout.n={count // 8}",
+            f"model.path={folder}", "actor.lr=1e-9", "mixed_precision=bf16", f"model.dtype={dtype}",
+            "val.file=", f"data.max_prompt_length={PROMPT_TOKENS}",
+            f"data.max_response_length={tokens}", "overlong_buffer.enable=false",
+            "rollout.backend=transformers",
+            f"actor.max_tokens_per_micro_batch={MICRO}", "data.train_batch_size=8",
+            f"rollout.n={count // 8}",
             f"actor.ppo_mini_batch_size={count // 2}", "actor.old_logprobs=rollout")
     rng = np.random.default_rng(0)
-    samples = [Sample(rng.integers(1, 28, PROMPT_TOKENS).tolist(), rng.integers(1, 28, length).astype(np.int32),
+    samples = [Sample(rng.integers(1, 28, PROMPT_TOKENS).tolist(),
+                      rng.integers(1, 28, length).astype(np.int32),
                       float(rng.normal())) for length in rng.integers(tokens // 16, tokens, count)]
     logprobs = compute_logprobs(state, state.policy, samples)
     return state, [replace(sample, rollout_logprobs=row, old_logprobs=row)
@@ -53,7 +57,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the longest response")
     args = parser.parse_args()
     ways = {"ours": ours, "bare": bare, "bare, rows as they are": packed}
-    print("| shape | way | tokens/s, median | least and most | ours / it | peak GB |\n|---|---|---|---|---|---|")
+    print("| shape | way | tokens/s, median | least and most | ours / it | peak GB "
+          "|\n|---|---|---|---|---|---|")
     for shape in args.shape:
         state, samples = make_case(shape, args.tokens)
         rates, peak = {name: [] for name in ways}, {}
@@ -66,7 +71,8 @@ def main() -> None:
                 peak[name] = torch.cuda.max_memory_allocated() / 1e9 if ON_GPU else 0.0
         for name, found in rates.items():
             ratio = statistics.median(a / b for a, b in zip(rates["ours"], found, strict=True))
-            print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to {max(found):,.0f} | "
+            print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to "
+                  f"{max(found):,.0f} | "
                   f"{ratio:.2f} | {peak[name]:.1f} |", flush=True)
         del state
 

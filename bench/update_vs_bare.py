@@ -41,7 +41,8 @@ def bare(state, samples) -> float:
 def packed(state, samples) -> float:
     """The same of the rows as they are."""
     actor = state.config.actor
-    minis = [samples[i:i + actor.ppo_mini_batch_size] for i in range(0, len(samples), actor.ppo_mini_batch_size)]
+    minis = [samples[i:i + actor.ppo_mini_batch_size] for i in range(0, len(samples),
+                                                                     actor.ppo_mini_batch_size)]
     batches = [make_batch(state, mini, indices) for mini in minis
                for indices in micro_batches(mini, actor.max_tokens_per_micro_batch, packed=True)]
     return passes(state, [(batch["input_ids"], batch["packing_kwargs"]) for batch in batches])
@@ -74,7 +75,8 @@ def ours(state, samples) -> float:
     actor, totals = state.config.actor, StatTotals()
     finish()
     start = time.perf_counter()
-    for number, indices in enumerate(mini_batches(len(samples), actor.ppo_mini_batch_size, 1, 0, 1)):
+    for number, indices in enumerate(mini_batches(len(samples), actor.ppo_mini_batch_size, 1, 0,
+                                                  1)):
         update_policy(state, [samples[i] for i in indices], number == 0, totals)
     actor_metrics(state.accelerator, totals, 0.0)
     finish()
@@ -85,7 +87,8 @@ def make_wide(folder: str) -> str:
     """A directory with an untrained model of the base model's kind, vocabulary and tokenizer, forty
     times as large."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    config = AutoConfig.from_pretrained("toy/base", hidden_size=320, intermediate_size=1280, num_hidden_layers=5,
+    config = AutoConfig.from_pretrained("toy/base", hidden_size=320, intermediate_size=1280,
+                                        num_hidden_layers=5,
                                         num_attention_heads=5, num_key_value_heads=5, head_dim=64)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -116,7 +119,8 @@ def main() -> None:
         states = {"toy/base": state}
         if "wide" in args.models:
             states["wide"] = make_state(f"model.path={make_wide(folder)}", *overrides)[0]
-    print("| model | parameters | way | tokens/s, median | least and most | ours / bare |\n|---|---|---|---|---|---|")
+    print("| model | parameters | way | tokens/s, median | least and most | ours / bare "
+          "|\n|---|---|---|---|---|---|")
     ratios = {}
     for model, state in states.items():
         ways = {"ours": ours, "bare": bare, "bare, rows as they are": packed}
@@ -128,7 +132,8 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(rates["ours"], found, strict=True))
             if name == "bare":
                 ratios[model] = ratio
-            print(f"| {model} | {state.policy.num_parameters() / 1e6:.1f}M | {name} | {statistics.median(found):,.0f} | "
+            print(f"| {model} | {state.policy.num_parameters() / 1e6:.1f}M | {name} | "
+                  f"{statistics.median(found):,.0f} | "
                   f"{min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} |", flush=True)
     print("\nupdate, of bare: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
           + f" (goal {GOAL})")

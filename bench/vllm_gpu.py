@@ -17,11 +17,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SHAPES = {"tiny": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+SHAPES = {"tiny": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "num_key_value_heads": 2,
                    "intermediate_size": 256, "tie_word_embeddings": True},
-          "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+          "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+                   "num_key_value_heads": 2,
                    "intermediate_size": 4864, "tie_word_embeddings": True},
-          "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+          "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+                   "num_key_value_heads": 2,
                    "intermediate_size": 8960, "tie_word_embeddings": True}}
 PROMPTS, N, PROMPT_TOKENS, TOKENS = 32, 16, 128, 1024
 
@@ -57,7 +60,8 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
     config = load_config("config.yaml", [
         f"model.path={folder}", "model.dtype=bfloat16", "mixed_precision=bf16", "val.file=",
         f"rollout.backend={backend}",
-        f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={tokens}", "rollout.max_num_seqs=512",
+        f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={tokens}",
+        "rollout.max_num_seqs=512",
         "overlong_buffer.enable=false"])
     result, holder = {"backend": backend}, []
     result["start"] = seconds(lambda: holder.append(setup(config)))
@@ -74,8 +78,10 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
     write(0, 32)
     groups = []
     result["generate"] = seconds(lambda: groups.extend(write(1, tokens)))
-    generated = [(ids, response) for ids, group in zip(prompts, groups, strict=True) for response in group]
-    result["tokens/s"] = sum(len(response.token_ids) for _, response in generated) / result["generate"]
+    generated = [(ids, response) for ids, group in zip(prompts, groups, strict=True)
+                 for response in group]
+    result["tokens/s"] = sum(len(response.token_ids) for _,
+                             response in generated) / result["generate"]
     before = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
     free = [torch.cuda.mem_get_info()[0]] if torch.cuda.is_available() else [0]
     result["sleep"] = seconds(state.engine.sleep)
@@ -102,7 +108,8 @@ def main() -> None:
     parser.add_argument("--in-folder", help="measure a model that is there, in this process")
     args = parser.parse_args()
     if args.in_folder:
-        print("RESULT " + json.dumps(measure(args.in_folder, args.backend[0], args.tokens)), flush=True)
+        print("RESULT " + json.dumps(measure(args.in_folder, args.backend[0], args.tokens)),
+              flush=True)
         return
     rows = []
     for shape in args.shape:
@@ -114,7 +121,8 @@ def main() -> None:
                 run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
                 lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
                 if not lines:
-                    print(f"{shape} {backend} failed:\n{(run.stdout + run.stderr)[-4000:]}", flush=True)
+                    print(f"{shape} {backend} failed:\n{(run.stdout + run.stderr)[-4000:]}",
+                          flush=True)
                     continue
                 rows.append({"shape": shape, **json.loads(lines[0].removeprefix("RESULT "))})
                 print(rows[-1], flush=True)
@@ -122,7 +130,8 @@ def main() -> None:
         names = list(rows[0])
         print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
         for row in rows:
-            cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names]
+            cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name])
+                     for name in names]
             print("| " + " | ".join(cells) + " |")
 
 

@@ -108,7 +108,7 @@ def test_run_all_puts_what_is_printed_below_its_command(page, monkeypatch, capsy
         run_all.main()
     text = page.read_text()
     assert error.value.code == 1 and "old" not in text and "warning" not in text
-    assert "<!-- printed -->\n| a |\n|---|\n| 2 |\n\nratio 2 (goal 1): **missed**.\n\nCommit " in text
+    assert "<!-- printed -->\n| a |\n|---|\n| 2 |\n\nratio 2 (goal 1): **missed**." in text
     assert text.startswith("# Before\n") and text.endswith("<!-- end -->\n\nAfter.\n")
 
 

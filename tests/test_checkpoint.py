@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged resumes as if nothing had happened, or says what is wrong."""
+"""A run that is stopped, killed or damaged resumes as if nothing had happened, or says why not."""
 
 import json
 import re
@@ -19,6 +19,7 @@ import infra.checkpoint
 from infra.checkpoint import find_checkpoint, list_checkpoints
 from infra.config import load_config
 from infra.data import Prompt
+from infra.distributed import stop_on_signal
 from sampling import draw_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -139,9 +140,10 @@ def test_a_stopped_run_saves_and_says_how_to_resume(start, monkeypatch, capsys, 
     assert run_differences(start(*overrides), uninterrupted) == []
 
 
-def test_signal_handlers_are_put_back(start):
+def test_signal_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    start("total_training_steps=1", "val.file=")
+    with stop_on_signal(Accelerator(cpu=True)):
+        assert signal.getsignal(signal.SIGTERM) != before[1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -288,6 +290,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
                                                                   "step_00005"]
 
 
+@pytest.mark.slow
 def test_saving_before_anything_was_learned_changes_nothing(start, tmp_path):
     """To read the state of an untrained optimizer, torch would let it take a step."""
     rows = []
@@ -330,7 +333,6 @@ def test_a_second_run_on_the_same_directory_is_refused(start, tmp_path):
     with FileLock(tmp_path / "run/.lock"), pytest.raises(SystemExit, match=message):
         start()
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    start("total_training_steps=1", "val.file=")
 
 
 def test_another_config_is_refused_with_the_list_of_what_differs(start, saved):
@@ -345,6 +347,7 @@ def test_another_config_is_refused_with_the_list_of_what_differs(start, saved):
     assert names(saved) == ["step_00004"]
 
 
+@pytest.mark.slow
 def test_evaluations_by_other_settings_are_not_compared(start, capsys):
     start("save_every=1", "total_training_steps=1")
     capsys.readouterr()
@@ -403,7 +406,8 @@ def test_a_finished_checkpoint_is_not_run_for_zero_steps(start, origin):
 
 
 def test_a_branch_may_change_any_key_and_says_which(start, origin, capsys):
-    changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8", "data.prompt_template={prompt} "]
+    changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8",
+               "data.prompt_template={prompt} "]
     run_dir = start(*SAVED, f"resume={origin}", *changed)
     lines = ["actor.lr: 0.0002 -> 1e-05", "actor.weight_decay: 0.1 -> 0.0",
              "data.prompt_template: {prompt} -> {prompt} ", "rollout.n: 4 -> 8"]
@@ -423,6 +427,16 @@ def test_a_branch_trains_with_its_own_weight_decay(start, origin, make_state, mo
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.5]
 
 
+def test_only_evaluations_by_the_same_settings_are_compared():
+    earlier = {"val.n": 2, "val.every": 5, "reward.name": "math", "data.max_response_length": 9,
+               "actor.lr": 0.1}
+    for changed in ({}, {"val.every": 1}, {"actor.lr": 0.2}):
+        assert infra.checkpoint.comparable(earlier, earlier | changed), changed
+    for changed in ({"val.n": 3}, {"reward.name": "x"}, {"data.max_response_length": 8}):
+        assert not infra.checkpoint.comparable(earlier, earlier | changed), changed
+
+
+@pytest.mark.slow
 def test_the_evaluations_before_a_branch_with_another_reward_are_dropped(start, tmp_path, capsys):
     origin = start("save_every=1", "total_training_steps=1").rename(tmp_path / "origin")
     named = f"resume={origin / 'checkpoints/step_00001'}"
@@ -434,6 +448,7 @@ def test_the_evaluations_before_a_branch_with_another_reward_are_dropped(start, 
     assert "before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_branch_resumes_with_the_same_command_or_auto_and_without_its_origin(start, origin,
                                                                                tmp_path):
     named = ["val.file=", f"resume={origin}", "actor.lr=1e-5"]
@@ -448,7 +463,8 @@ def test_a_branch_resumes_with_the_same_command_or_auto_and_without_its_origin(s
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("resume", ["named", "auto"])
+@pytest.mark.parametrize("resume", ["named",
+                                    pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_branch_that_died_before_its_first_checkpoint_starts_from_its_origin(start, origin,
                                                                                resume):
     named, branch = f"resume={origin}", ["val.file=", "actor.lr=1e-5", "save_every=5"]

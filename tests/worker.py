@@ -121,7 +121,8 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
 def moments(state) -> list[np.ndarray]:
     """AdamW's state of all parameters."""
     optimizer = state.optimizer.optimizer
-    return [whole(value) for p in state.policy.parameters() for value in optimizer.state[p].values()]
+    return [whole(value) for p in state.policy.parameters()
+            for value in optimizer.state[p].values()]
 
 
 def round_trip(run_dir: str) -> dict:
