@@ -55,8 +55,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                  config.total_training_steps, initial=counters["step"],
                  disable=not state.accelerator.is_main_process)
     for step in steps:                                              # 1: for step = 1..M
-        timer, generated, kept, gen_batches = Timer(), [], [], 0
-        while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: fill the buffer
+        timer, generated, kept, gen_batches = Timer(), [], [], 0    # 3: the policy is now pi_old
+        while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: until the buffer is full
             position = counters["prompts_drawn"]
             count = generation_batch_size(config, size - len(kept),
                                           counters["ema_groups_kept"] + len(kept),
@@ -71,7 +71,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
             if config.algorithm.use_kl_in_reward:
                 with timer("logprobs"):
                     groups = apply_kl_penalty(state, groups)
-            kept += [group for group in groups if keep_group(group, config.filter_groups)]  # 6
+            # 6: filter, and add to the buffer
+            kept += [group for group in groups if keep_group(group, config.filter_groups)]
             generated += groups
             counters["prompts_drawn"] += count
             gen_batches += 1
