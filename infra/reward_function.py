@@ -94,11 +94,10 @@ def score_task(function: Callable, task: Task) -> list[Score]:
                              f"{describe_error(error, own_file)}") from error
     if group:
         (values,) = values
-        if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or (
-                len(values) != len(task.responses)):
+        if not hasattr(values, "__len__") or len(values) != len(task.responses):
             raise ValueError(f"the reward function returned {repr(values)[:60]}: as its first "
-                             "argument is called `responses`, a list of "
-                             f"{len(task.responses)} scores is expected")
+                             f"argument is called `responses`, a list of {len(task.responses)} "
+                             "scores is expected")
     return [to_score(value) for value in values]
 
 

@@ -54,9 +54,8 @@ def make_scorer(names: Sequence[str], weights: Sequence[float], workers: int, ti
         by_function = [scorer(tasks) for scorer in scorers]
         results = []
         for groups in zip(*by_function, strict=True):  # one prompt's scores from each function
-            scores = [dict(zip(labels, of_response, strict=True))
-                      for of_response in zip(*groups, strict=True)]
-            results.append([weighted_sum(by_label, weights) for by_label in scores])
+            results.append([weighted_sum(dict(zip(labels, scores, strict=True)), weights)
+                            for scores in zip(*groups, strict=True)])
         return results
     return score_all
 
