@@ -156,7 +156,7 @@ def run_slot(fd: int) -> None:
             scores = failed(task, "timeout", f"the reward function took more than {timeout:g} s")
             try:
                 pipe.send(task)
-                if pipe in wait([pipe, trainer], timeout):  # the trainer sends nothing: it is gone
+                if pipe in wait([pipe, trainer], timeout):  # the trainer: if it is gone
                     scores = pipe.recv()
             except (EOFError, OSError):
                 worker.join(1.0)
