@@ -9,9 +9,6 @@ normal form of Minerva (Lewkowycz et al. 2022, appendix D.1). Departures:
 - A ground truth of more than 300 characters is never right, so that the work is bounded.
 - `math_strict_box` looks for the last \boxed{...} in the last 300 characters; published: 100.
 
-The overlong penalty is equation 13. A response of exactly the maximum length gets -penalty_factor
-from both of the equation's branches, so one expression serves for both.
-
 How a reward function of your own is called, and what it may return: infra/reward_function.py.
 """
 
@@ -68,11 +65,8 @@ class Task(NamedTuple):
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,
                      penalty_factor: float = 1.0) -> float:
-    """Soft overlong punishment (equation 13): 0 up to the start of the buffer, then linear.
-
-    Lengths in tokens. Returns a number in [-penalty_factor, 0]: -penalty_factor at
-    `max_response_length` and beyond it.
-    """
+    """Soft overlong punishment (equation 13): 0 up to the start of the buffer, then linear, and
+    -penalty_factor from `max_response_length` on. Lengths in tokens."""
     excess = response_len - (max_response_length - overlong_buffer_len)
     return -min(max(excess / overlong_buffer_len, 0.0), 1.0) * penalty_factor
 

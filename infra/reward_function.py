@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,9 @@ BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}
 
 
-def load_reward_function(name: str) -> Callable:
-    """The reward function called `name`. Raises ValueError if it cannot be loaded."""
+def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callable:
+    """The reward function called `name`. Raises ValueError if it cannot be loaded, or called with
+    one of `example_rows`."""
     if name == "math_verify":
         score_math_verify(r"Answer: $\frac{5\pi}{2}$", r"2\pi")  # the first comparison takes 1 s
     if name in BUILT_IN:
@@ -45,6 +46,8 @@ def load_reward_function(name: str) -> Callable:
                          f"{describe_error(error, module.__file__)}") from error
     if not callable(function := getattr(module, function_name, None)):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")
+    for row in example_rows:
+        keyword_arguments(function, row)
     return function
 
 
@@ -59,11 +62,11 @@ def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0
     Raises ValueError if it cannot be called so, above all if it names a column that `row` lacks.
     """
     signature = inspect.signature(function)
-    first_two = list(signature.parameters)[:2]
+    names = list(signature.parameters)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    arguments = {name: value for name, value in row.items() if name not in first_two
-                 and (takes_all or name in signature.parameters)}
-    if "response_length" in signature.parameters:
+    arguments = {name: value for name, value in row.items()
+                 if name in names[2:] or (takes_all and name not in names)}
+    if "response_length" in names:
         arguments["response_length"] = length
     try:
         signature.bind("response", "ground_truth", **arguments)
@@ -79,9 +82,9 @@ def score_task(function: Callable, task: Task) -> list[Score]:
     """A score for each response of a prompt. Raises ValueError if the function fails, with the line
     in the function's own file, or if it returns something else than scores."""
     group = is_group_reward(function)
-    calls = list(zip(task.responses, task.lengths, strict=True))
+    calls = zip(task.responses, task.lengths, strict=True)
     values = []
-    for response, length in [(list(task.responses), list(task.lengths))] if group else calls:
+    for response, length in [(task.responses, task.lengths)] if group else calls:
         arguments = keyword_arguments(function, task.row, length)
         try:
             values.append(function(response, task.ground_truth, **arguments))
@@ -91,16 +94,10 @@ def score_task(function: Callable, task: Task) -> list[Score]:
                              f"{describe_error(error, own_file)}") from error
     if group:
         (values,) = values
-        if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or (
-                len(values) != len(calls)):
+        if not hasattr(values, "__len__") or len(values) != len(task.responses):
             raise ValueError(f"the reward function returned {repr(values)[:60]}: as its first "
-                             f"argument is called `responses`, a list of {len(calls)} scores is "
-                             "expected")
-    elif lists := [value for value in values if isinstance(value, (list, tuple))]:
-        first_argument = next(iter(inspect.signature(function).parameters))
-        raise ValueError(f"the reward function returned a list, {repr(lists[0])[:60]}, for one "
-                         "response: if it scores all responses of a prompt at once, its first "
-                         f"argument must be called `responses`, not `{first_argument}`")
+                             f"argument is called `responses`, a list of {len(task.responses)} "
+                             "scores is expected")
     return [to_score(value) for value in values]
 
 
@@ -130,7 +127,8 @@ def to_score(value) -> Score:
                  for name, number in fields.items()}
     except Exception:  # a tensor of several numbers raises an error of its own
         raise ValueError(f"the reward function returned {repr(value)[:200]}: a number, a dict with "
-                         "`score`, or a Score is expected") from None
+                         "`score`, or a Score is expected (a list only if its first argument is "
+                         "called `responses`: it then gets all responses of a prompt)") from None
     for name, number in {"score": score, "acc": acc, **extra}.items():
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"the reward function returned {name}={number}")

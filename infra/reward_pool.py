@@ -1,11 +1,10 @@
 """Scores from several reward functions; those that need limits run in processes of their own.
 
 `math` and `math_strict_box` do bounded work and run in the trainer. For any other reward function
-the trainer starts a fork server, a process that loads the function once. It forks `workers` slots;
-each slot has a pipe to the trainer and forks a worker, in milliseconds, whenever it has none. The
-worker calls the function. Its slot kills it, with all processes that it started, when a call takes
-too long or fails, and when the trainer is gone. None of these processes imports torch or the
-trainer's script, and none sees a Ctrl-C.
+the trainer starts `workers` slots. A *slot* is a process that loads the function once, and forks a
+*worker*, in milliseconds, whenever it has none. The worker calls the function. Its slot kills it,
+with all processes that it started, when a call takes too long or fails, and when the trainer is
+gone. None of these processes imports torch or the trainer's script, and none sees a Ctrl-C.
 """
 
 import ctypes
@@ -18,23 +17,17 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
 
-from infra.reward_function import (
-    is_group_reward,
-    keyword_arguments,
-    load_reward_function,
-    score_task,
-)
+from infra.reward_function import is_group_reward, load_reward_function, score_task
 from reward import Score, Task, answer_or_box, failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
-MEMORY = 8 * 2**30  # bytes of address space for each worker
+MEMORY = 8 * 2**30  # bytes of address space for each process
 LOAD_TIMEOUT = 60.0  # seconds that the imports of a reward function may take
-FORK = multiprocessing.get_context("fork")  # used in the fork server, never in the trainer
+FORK = multiprocessing.get_context("fork")  # used in a slot, never in the trainer
 
 Scorer = Callable[[Sequence[Task]], list[list[Score]]]
 
@@ -47,23 +40,22 @@ def make_scorer(names: Sequence[str], weights: Sequence[float], workers: int, ti
     response; for a group reward, of all responses of a prompt). A failure is a score with its
     status. Raises ValueError if a function cannot be loaded, or called with one of `example_rows`.
     """
+    if len(set(names)) < len(names):
+        raise ValueError(f"reward.name: {', '.join(names)} has one of them twice: give it the sum "
+                         "of its weights")
     labels = [name.rpartition(":")[2] for name in names]
     if len(set(labels)) < len(names):
         labels = names  # two files have a function of the same name
-    if len(set(labels)) < len(names):
-        raise ValueError(f"reward.name: {', '.join(names)} has one of them twice: give it the sum "
-                         "of its weights")
-    scorers = {label: make_single_scorer(name, workers, timeout, example_rows)
-               for label, name in zip(labels, names, strict=True)}
+    scorers = [make_single_scorer(name, workers, timeout, example_rows) for name in names]
     if list(weights) == [1.0]:
-        return scorers[labels[0]]
+        return scorers[0]
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
-        results = [[] for _ in tasks]
-        by_function = [scorer(tasks) for scorer in scorers.values()]
-        for result, groups in zip(results, zip(*by_function, strict=True), strict=True):
-            for scores in zip(*groups, strict=True):
-                result.append(weighted_sum(dict(zip(labels, scores, strict=True)), weights))
+        by_function = [scorer(tasks) for scorer in scorers]
+        results = []
+        for groups in zip(*by_function, strict=True):  # one prompt's scores from each function
+            results.append([weighted_sum(dict(zip(labels, scores, strict=True)), weights)
+                            for scores in zip(*groups, strict=True)])
         return results
     return score_all
 
@@ -74,108 +66,85 @@ def make_single_scorer(name: str, workers: int, timeout: float,
     if name in IN_TRAINER:
         function = load_reward_function(name)
         return lambda tasks: [score_task(function, task) for task in tasks]
-    server, slots, group = start_fork_server(name, workers, timeout, example_rows)
+    slots, group = start_slots(name, workers, timeout, example_rows)
     idle, threads = SimpleQueue(), ThreadPoolExecutor(workers)
     for slot in slots:
         idle.put(slot)
 
     def call(task: Task) -> list[Score]:
-        slot = idle.get()
+        process, pipe = slot = idle.get()
         try:
-            slot.send(task)
-            return slot.recv()
+            pipe.send(task)
+            return pipe.recv()
         except (EOFError, OSError):
             raise ValueError(f"reward.name: a process of the reward function {name} was killed "
-                             f"(fork server {server.pid})") from None
+                             f"({process.pid})") from None
         finally:
             idle.put(slot)
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
         if group:
             return list(threads.map(call, tasks))
-        calls = [task._replace(responses=[response], lengths=[length]) for task in tasks
-                 for response, length in zip(task.responses, task.lengths, strict=True)]
-        scores = threads.map(call, calls)
-        return [[next(scores)[0] for _ in task.responses] for task in tasks]
-    return partial(score_distinct, score_all) if name == "math_verify" else score_all
+        calls, keys = {}, []  # a call for each key: for each response, or for each distinct answer
+        for i, task in enumerate(tasks):
+            for j, (text, length) in enumerate(zip(task.responses, task.lengths, strict=True)):
+                keys.append((i, answer_or_box(text) if name == "math_verify" else j))
+                calls[keys[-1]] = task._replace(responses=[text], lengths=[length])
+        scores = dict(zip(calls, threads.map(call, calls.values()), strict=True))
+        in_order = iter(keys)
+        return [[scores[next(in_order)][0] for _ in task.responses] for task in tasks]
+    return score_all
 
 
-def score_distinct(score_all: Scorer, tasks: Sequence[Task]) -> list[list[Score]]:
-    """The same scores, but each distinct answer of a prompt is compared only once."""
-    distinct = []
-    for task in tasks:
-        responses = list({answer_or_box(text): text for text in task.responses}.values())
-        distinct.append(task._replace(responses=responses, lengths=[0] * len(responses)))
-    results = []
-    for task, few, scores in zip(tasks, distinct, score_all(distinct), strict=True):
-        by_answer = dict(zip(map(answer_or_box, few.responses), scores, strict=True))
-        results.append([by_answer[answer_or_box(text)] for text in task.responses])
-    return results
-
-
-def start_fork_server(name: str, workers: int, timeout: float, example_rows: Sequence[dict]
-                      ) -> tuple[subprocess.Popen, list[Connection], bool]:
-    """The fork server of a reward function, a pipe to each slot, and whether it is a group reward.
+def start_slots(name: str, workers: int, timeout: float, example_rows: Sequence[dict]
+                ) -> tuple[list[tuple[subprocess.Popen, Connection]], bool]:
+    """The slots of a reward function with a pipe to each, and whether it is a group reward.
 
     Raises ValueError if the function cannot be loaded, or called with one of the rows.
     """
-    slots, remote = zip(*(multiprocessing.Pipe() for _ in range(workers)), strict=True)
-    fds = [connection.fileno() for connection in remote]
-    code = (f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}\n"
-            f"from infra.reward_pool import serve; serve({fds})")
-    server = subprocess.Popen(
-        [sys.executable, "-c", code], pass_fds=fds, stdin=subprocess.DEVNULL, stdout=2,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, start_new_session=True)
-    for connection in remote:
-        connection.close()
-    loaded = None
-    with suppress(EOFError, OSError):
-        slots[0].send((name, timeout, list(example_rows)))
-        loaded = slots[0].recv() if slots[0].poll(LOAD_TIMEOUT) else None
-    if not isinstance(loaded, bool):
-        server.kill()
-        server.wait()
-        raise ValueError(loaded or f"reward.name: {name} did not load within {LOAD_TIMEOUT:.0f} s, "
-                         f"or died (see above); it has {MEMORY // 2**30} GiB of address space")
-    return server, list(slots), loaded
+    slots = []
+    for _ in range(workers):
+        pipe, remote = multiprocessing.Pipe()
+        code = (f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}\n"
+                f"from infra.reward_pool import run_slot; run_slot({remote.fileno()})")
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[remote.fileno()], stdin=subprocess.DEVNULL,
+            stdout=2, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True)
+        remote.close()
+        pipe.send((name, timeout, list(example_rows)))
+        slots.append((process, pipe))
+    for _, pipe in slots:
+        loaded = None
+        with suppress(EOFError, OSError):
+            loaded = pipe.recv() if pipe.poll(LOAD_TIMEOUT) else None
+        if not isinstance(loaded, bool):
+            for process, _ in slots:
+                process.kill()
+                process.wait()
+            raise ValueError(loaded or f"reward.name: {name} did not load within "
+                             f"{LOAD_TIMEOUT:.0f} s, or died (see above); it has "
+                             f"{MEMORY // 2**30} GiB of address space")
+    return slots, loaded
 
 
 # ---- in the processes ---------------------------------------------------------------------------
 
-def serve(fds: list[int]) -> None:
-    """Run a fork server: load the reward function, check it, and start a slot for each pipe."""
-    die_with_parent(signal.SIGTERM)
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    with suppress(ValueError, OSError):  # macOS has no such limit
-        limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    slots = [Connection(fd) for fd in fds]
-    for fd in fds:
-        os.set_inheritable(fd, False)  # not for programs that the reward function starts
-    name, timeout, example_rows = slots[0].recv()
+def run_slot(fd: int) -> None:
+    """Load the reward function, then let a worker score one task after the other, until the
+    trainer closes its end of the pipe `fd` or is gone."""
+    with suppress(ValueError, OSError):  # macOS has no such limit; a lower one stays as it is
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    os.set_inheritable(fd, False)  # not for programs that the reward function starts
+    trainer = Connection(fd)
+    name, timeout, example_rows = trainer.recv()
     try:
-        function = load_reward_function(name)
-        for row in example_rows:
-            keyword_arguments(function, row)
+        function = load_reward_function(name, example_rows)
     except Exception as error:
-        return slots[0].send(str(error) if isinstance(error, ValueError) else repr(error))
-    slots[0].send(is_group_reward(function))
-    for slot in slots:
-        FORK.Process(target=run_slot, args=(function, slot, slots, timeout)).start()
-    for slot in slots:
-        slot.close()
-
-
-def run_slot(function: Callable, trainer: Connection, slots: list[Connection], timeout: float
-             ) -> None:
-    """Let a worker score the trainer's tasks, one at a time, until the trainer is gone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    die_with_parent(signal.SIGTERM)
-    for slot in slots:
-        if slot is not trainer:  # or the trainer would not notice the end of that slot
-            slot.close()
-    worker = pipe = None
-    try:
+        return trainer.send(str(error) if isinstance(error, ValueError) else repr(error))
+    worker = None
+    with suppress(EOFError, OSError):  # the trainer is gone
+        trainer.send(is_group_reward(function))
         while True:
             task = trainer.recv()
             if worker is None or not worker.is_alive():
@@ -184,65 +153,53 @@ def run_slot(function: Callable, trainer: Connection, slots: list[Connection], t
                 worker = FORK.Process(target=run_worker, args=(function, remote, [trainer, pipe]))
                 worker.start()
                 remote.close()
-            scores = ask(worker, pipe, task, timeout)
-            if any(score.status != "ok" for score in scores):  # it hangs, is dead, or lacks memory
+            scores = failed(task, "timeout", f"the reward function took more than {timeout:g} s")
+            try:
+                pipe.send(task)
+                if pipe in wait([pipe, trainer], timeout):  # the trainer: if it is gone
+                    scores = pipe.recv()
+            except (EOFError, OSError):
+                worker.join(1.0)
+                code = worker.exitcode
+                scores = failed(task, "error", f"the reward function's process died ({code})")
+            if any(score.status != "ok" for score in scores):  # it hangs, or lacks memory
                 kill(worker)
-                worker = None
             trainer.send(scores)
-    except (EOFError, OSError):
-        pass  # the trainer is gone
-    finally:
-        kill(worker)
-
-
-def ask(worker: multiprocessing.Process, pipe: Connection, task: Task, timeout: float
-        ) -> list[Score]:
-    """The worker's scores, or failed ones if it takes more than `timeout` seconds or dies."""
-    try:
-        pipe.send(task)
-        if pipe.poll(timeout):
-            return pipe.recv()
-        status, message = "timeout", f"the reward function took more than {timeout:g} s"
-    except (EOFError, OSError):
-        worker.join(1.0)
-        status, message = "error", f"the reward function's process died ({worker.exitcode})"
-    return [failed_score(status, [1.0], message)] * len(task.responses)
+    kill(worker)
 
 
 def run_worker(function: Callable, pipe: Connection, inherited: list[Connection]) -> None:
-    """Call the reward function on one task after the other, until the slot is gone."""
+    """Call the reward function on one task after the other."""
     os.setpgid(0, 0)  # a process group, so that `kill` reaches what the reward function starts
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with_parent(signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: if the slot is killed
     for connection in inherited:
         connection.close()
     pid = os.getpid()
-    with suppress(EOFError, OSError):
-        while True:
-            task = pipe.recv()
-            try:
-                scores = score_task(function, task)
-            except BaseException as error:  # SystemExit, too
-                message = str(error) if isinstance(error, ValueError) else (
-                    f"the reward function ended with {error!r:.300}")
-                if isinstance(error.__cause__, MemoryError):
-                    message += f" (it has {MEMORY // 2**30} GiB of address space)"
-                scores = [failed_score("error", [1.0], message)] * len(task.responses)
-            if os.getpid() != pid:  # a fork that the reward function made: it must not answer too
-                os._exit(0)
-            pipe.send(scores)
+    while True:
+        task = pipe.recv()
+        try:
+            scores = score_task(function, task)
+        except BaseException as error:  # SystemExit, too
+            message = str(error) if isinstance(error, ValueError) else (
+                f"the reward function ended with {error!r:.300}")
+            if isinstance(error.__cause__, MemoryError):
+                message += f" (it has {MEMORY // 2**30} GiB of address space)"
+            scores = failed(task, "error", message)
+        if os.getpid() != pid:  # a fork that the reward function made: it must not answer too
+            os._exit(0)
+        pipe.send(scores)
+
+
+def failed(task: Task, status: str, message: str) -> list[Score]:
+    """A failed score for each response."""
+    return [failed_score(status, [1.0], message)] * len(task.responses)
 
 
 def kill(worker: multiprocessing.Process | None) -> None:
     """End a worker and its process group: all that it started, except for sessions of their own."""
-    if worker is not None and worker.pid:
+    if worker is not None:
         with suppress(ProcessLookupError, PermissionError):  # macOS: no permission for a zombie
             os.killpg(worker.pid, signal.SIGKILL)
         worker.kill()  # if it had no time to make its process group
         worker.join()
-
-
-def die_with_parent(signum: signal.Signals) -> None:
-    """On Linux, send this process a signal when its parent ends, even if the parent was killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
