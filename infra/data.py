@@ -84,14 +84,14 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
 def read_table(source: str) -> Iterator[tuple[str, dict]]:
     """(location, row) for every row of a Parquet file, or of a data set on the hub or in a
     directory, without holding all of them."""
-    from datasets import load_dataset  # takes seconds to import
-    from pyarrow.parquet import ParquetFile
     path, *config, split = source.split(":") if ":" in source else (source, "train")
     number = 0
     try:
         if Path(source).is_file():
+            from pyarrow.parquet import ParquetFile
             tables = ParquetFile(source).iter_batches(1024)
         else:
+            from datasets import load_dataset  # takes seconds to import
             tables = load_dataset(path, *config, split=split).with_format("arrow").iter(1024)
         for table in tables:
             for row in table.to_pylist():
@@ -183,13 +183,13 @@ def tokenize(location: str, task: Task, tokenizer,
 
 
 def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int = 0,
-                 seen: dict[Task, Prompt] | None = None) -> tuple[list[Prompt], Counter]:
+                 seen: dict[Task, Prompt] | None = None,
+                 log: Callable[[str], None] = lambda line: None) -> tuple[list[Prompt], Counter]:
     """The prompts of a source (its first `max_prompts`, if positive), and what was counted.
 
-    The counts: `rows` read; how many repeat a prompt (`repeated`; dropped, if `data.dedup`), and do
-    so with `another answer`; and how many are `overlong`: `data.overlong_prompts` says what happens
-    to them. `seen` holds the first prompt of each task, of earlier sources too. Rows that are equal
-    share one `Prompt`. Raises ValueError for unusable data.
+    `log` gets the counts as a line: `rows` read, those whose prompt is `repeated`, those of these
+    `with another answer`, and `overlong` ones. `seen` holds the first prompt of each task, of
+    earlier sources too. Rows that are equal share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
     seen = {} if seen is None else seen
@@ -205,7 +205,7 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
         counts["rows"] += 1
         if first:
             counts["repeated"] += 1
-            counts["another answer"] += first.answer != prompt.answer
+            counts["with another answer"] += first.answer != prompt.answer
             if data.dedup:
                 continue
         if len(prompt.token_ids) > longest:
@@ -223,24 +223,11 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
     if not prompts:
         raise ValueError(f"{source}: none of {counts['rows']} rows is a new prompt of at most "
                          f"data.max_prompt_length={longest} tokens: raise it, or leave this out")
+    found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    log(f"{source}: {len(prompts)} prompts of {found}" if len(counts) == 1 else
+        f"warning: {source}: {len(prompts)} prompts of {found}: see data.dedup, "
+        f"data.overlong_prompts and data.max_prompt_length={longest}")
     return prompts, counts
-
-
-def load_source(source: str, tokenizer, config: SimpleNamespace, max_prompts: int, seen: dict,
-                log: Callable[[str], None]) -> list[Prompt]:
-    """The prompts of `load_prompts`; `log` gets a line on how many there are, and warnings."""
-    data = config.data
-    prompts, counts = load_prompts(source, tokenizer, data, max_prompts, seen)
-    log(f"{source}: {len(prompts)} prompts of {counts['rows']} rows")
-    if counts["repeated"]:
-        result = "dropped" if data.dedup else "kept (data.dedup=true drops them)"
-        log(f"warning: {source}: {counts['repeated']} rows repeat a prompt, "
-            f"{counts['another answer']} of them with another answer: {result}")
-    if counts["overlong"]:
-        result = "dropped" if data.overlong_prompts == "drop" else "cut on the left"
-        log(f"warning: {source}: {counts['overlong']} prompts are longer than "
-            f"data.max_prompt_length={data.max_prompt_length}: {result}")
-    return prompts
 
 
 def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
@@ -251,14 +238,15 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
     """
     train, seen, val = [], {}, {}
     for source in split_list(config.data.train_file) if training else []:
-        train += load_source(source, tokenizer, config, 0, seen, log)
+        train += load_prompts(source, tokenizer, config.data, 0, seen, log)[0]
     sources = split_list(config.val.file)
     paths = [Path(source.partition(":")[0]) for source in sources]
     names = [path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths]
     for name, source in zip(names, sources, strict=True):
         of_val: dict[Task, Prompt] = {}
         try:
-            prompts = load_source(source, tokenizer, config, config.val.max_prompts, of_val, log)
+            prompts, _ = load_prompts(source, tokenizer, config.data, config.val.max_prompts,
+                                      of_val, log)
         except ValueError as error:
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` "
                              "trains without validation)") from error

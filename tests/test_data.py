@@ -146,7 +146,7 @@ def test_repeated_prompts_are_counted_and_dropped_on_request(path, tokenizer):
           {"prompt": "a1", "answer": "7", "id": 3})
     kept, counts = load_prompts(str(path), tokenizer, how())
     assert [p.answer for p in kept] == ["1", "2"] * 3 + ["7"] and kept[0] is kept[2]
-    assert counts == {"rows": 7, "repeated": 5, "another answer": 1}
+    assert counts == {"rows": 7, "repeated": 5, "with another answer": 1}
     kept, counts = load_prompts(str(path), tokenizer, how(dedup=True))
     assert [p.answer for p in kept] == ["1", "2"] and counts["repeated"] == 5
     assert [p.answer for p in load_prompts(str(path), tokenizer, how(dedup=True), max_prompts=1)[0]] == ["1"]
@@ -160,8 +160,8 @@ def test_several_files_are_one(tmp_path, tokenizer):
     assert [p.text for p in data.train] == ["a1", "a2", "a3", "a1"]
     data, said = load_all(tokenizer, *files, "data.dedup=true")
     assert [p.text for p in data.train] == ["a1", "a2", "a3"]
-    assert said == [f"{a}: 2 prompts of 2 rows", f"{b}: 1 prompts of 2 rows",
-                    f"warning: {b}: 1 rows repeat a prompt, 0 of them with another answer: dropped"]
+    assert said == [f"{a}: 2 prompts of 2 rows", f"warning: {b}: 1 prompts of 2 rows, 1 repeated: see data.dedup, "
+                    "data.overlong_prompts and data.max_prompt_length=64"]
     with pytest.raises(ValueError, match="none of 2 rows is a new prompt .*leave this out"):
         load_all(tokenizer, f"data.train_file={a},{a}", "val.file=", "data.dedup=true")
 
@@ -185,9 +185,9 @@ def test_what_ruins_runs_is_said_at_the_start(path, tokenizer):
     write(path, *[{"prompt": "a1", "answer": "1"}] * 3, {"prompt": "a1", "answer": "7"}, {"prompt": "a1 b+2 c+3", "answer": "6"})
     _, said = load_all(tokenizer, f"data.train_file={path}", f"val.file={path}", "data.max_prompt_length=3",
                        "data.overlong_prompts=truncate_left")
-    assert said[1:3] == [
-        f"warning: {path}: 3 rows repeat a prompt, 1 of them with another answer: kept (data.dedup=true drops them)",
-        f"warning: {path}: 1 prompts are longer than data.max_prompt_length=3: cut on the left"]
+    assert said[0] == said[1] == (
+        f"warning: {path}: 5 prompts of 5 rows, 3 repeated, 1 with another answer, 1 overlong: see data.dedup, "
+        "data.overlong_prompts and data.max_prompt_length=3")
     assert said[-1] == f"warning: {path}: 2 of its 2 prompts are in data.train_file too"
 
 
