@@ -189,7 +189,7 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
 
     `log` gets the counts as a line: `rows` read, those whose prompt is `repeated`, those of these
     `with another answer`, and `overlong` ones. `seen` holds the first prompt of each task, of
-    earlier sources too. Rows that are equal share one `Prompt`. Raises ValueError for unusable data.
+    earlier sources too. Equal rows share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
     seen = {} if seen is None else seen
