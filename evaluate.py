@@ -13,10 +13,10 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -76,7 +76,7 @@ def sample_and_score(state: TrainState,
 def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
              scores: Sequence[Sequence[Score]], level_key: str = "") -> Evaluation:
     """The evaluation of these responses, by level if the data have the column `level_key`."""
-    all_scores = list(chain.from_iterable(scores))
+    all_scores = [score for group in scores for score in group]
     # Whether the reward function states an accuracy does not show where it failed.
     has_accuracy = all(score.acc is not None for score in all_scores if score.status == "ok")
     has_answers = any(score.pred for score in all_scores)
@@ -88,12 +88,11 @@ def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
                 "response_length": fmean(lengths),  # in tokens
                 **mean_extra([score for i in rows for score in scores[i]])}
 
-    levels: dict[int | float | str, list[int]] = {}
+    levels: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         if (level := find_column(prompt.row, level_key)) is not None:
-            level = level if isinstance(level, (int, float)) else str(level)
-            levels.setdefault(level, []).append(i)
-    ordered = sorted(levels, key=lambda level: (isinstance(level, str), level))  # numbers first
+            levels.setdefault(str(level), []).append(i)
+    ordered = sorted(levels, key=lambda level: (len(level), level))  # 9 before 10
     by_level = {f"{level_key} {level}": summarise(levels[level]) for level in ordered}
     return Evaluation(summarise(range(len(prompts))), by_level, prompts[0].text, prompts[0].answer,
                       [response.text for response in responses[0]])
@@ -107,58 +106,40 @@ def prompt_metrics(scores: Sequence[Score], has_accuracy: bool,
         values = [score.score for score in scores]
         return {f"score@{k}": fmean(values), f"best@{k}": max(values)}
     accs = [score.acc or 0.0 for score in scores]
-    majority = {f"maj@{k}": majority_correct(scores)} if has_answers else {}
-    return {f"avg@{k}": fmean(accs), f"pass@{k}": max(accs), **majority}
-
-
-def majority_correct(scores: Sequence[Score]) -> float:
-    """The accuracy of the most frequent answer (the first of equals). No answer is no vote."""
-    votes = Counter(score.pred for score in scores if score.pred)
-    if not votes:
-        return 0.0
-    winner = votes.most_common(1)[0][0]
-    return next(score.acc for score in scores if score.pred == winner)
+    metrics = {f"avg@{k}": fmean(accs), f"pass@{k}": max(accs)}
+    if has_answers:  # the first of equally frequent ones wins; no answer is no vote
+        votes = Counter(score.pred for score in scores if score.pred)
+        winner = max(votes, key=votes.get, default=None)
+        metrics[f"maj@{k}"] = next((s.acc for s in scores if s.pred == winner), 0.0)
+    return metrics
 
 
 def format_tables(evaluations: Evaluations) -> str:
-    """A table for each set, under its name if there are several."""
-    if len(evaluations) == 1:
-        return format_table(*evaluations.values())
-    return "\n\n".join(f"{escape_control(name)}\n{format_table(by_title)}"
-                       for name, by_title in evaluations.items())
+    """A table for each set: a row for each level and one for all prompts, and a block of columns
+    for each evaluation."""
+    lines = []
+    for name, by_title in evaluations.items():
+        first = next(iter(by_title.values()))
+        columns = [column for column in first.metrics if "/" not in column]
+        head = "".join(f"{column.replace('response_length', 'length'):>9}" for column in columns)
+        titles = [f"{title:<{len(head)}}" for title in by_title]
+        rows = [[" " * 12, *titles], [" " * 12, *[head] * len(titles)]]
+        for level in [*first.by_level, "all"]:
+            rows.append([f"{level:<12}"])
+            for evaluation in by_title.values():
+                metrics = evaluation.by_level.get(level, evaluation.metrics)
+                cells = [f"{metrics.get(column, math.nan):>9.3f}" for column in columns]
+                rows[-1].append("".join(cells))
+        lines += [name, *("   ".join(row).rstrip() for row in rows), ""]
+    return "\n".join(map(escape_control, lines[:-1]))
 
 
-def format_table(by_title: dict[str, Evaluation]) -> str:
-    """A row for each level and one for all prompts; a block of columns for each evaluation."""
-    first = next(iter(by_title.values()))
-    names = [name for name in first.metrics if "/" not in name]
-    head = "".join(f" {name.replace('response_length', 'length'):>8}" for name in names)
-    titles = [f"{escape_control(title):<{len(head)}}" for title in by_title]
-    rows = [[" " * 12, *titles], [" " * 12, *[head] * len(titles)]]
-    for level in [*first.by_level, "all"]:
-        rows.append([f"{escape_control(level):<12}"])
-        for evaluation in by_title.values():
-            metrics = evaluation.by_level.get(level, evaluation.metrics)
-            rows[-1].append("".join(format_cell(name, metrics) for name in names))
-    return "\n".join("   ".join(row).rstrip() for row in rows)
-
-
-def format_cell(name: str, metrics: dict[str, float]) -> str:
-    digits = 1 if name == "response_length" else 3
-    return f" {metrics.get(name, math.nan):>8.{digits}f}"
-
-
-def response_records(set_name: str, prompts: Sequence[Prompt],
-                     responses: Sequence[Sequence[Response]],
-                     scores: Sequence[Sequence[Score]]) -> Iterator[dict]:
-    """What responses.jsonl says of each response."""
-    for prompt, group, group_scores in zip(prompts, responses, scores, strict=True):
-        for response, score in zip(group, group_scores, strict=True):
-            yield {"set": set_name, "id": prompt.id, "prompt": prompt.text, "answer": prompt.answer,
-                   "response": response.text, "pred": score.pred, "acc": score.acc,
-                   "score": score.score, "status": score.status, "tokens": len(response.token_ids),
-                   "finish_reason": response.finish_reason,
-                   **{f"reward/{name}": value for name, value in score.extra.items()}}
+def response_record(prompt: Prompt, response: Response, score: Score) -> dict:
+    """What a file of responses says of one response."""
+    return {"prompt": prompt.text, "answer": prompt.answer, "response": response.text,
+            "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
+            "pred": score.pred, "acc": score.acc, "score": score.score, "status": score.status,
+            **{f"reward/{name}": value for name, value in score.extra.items()}}
 
 
 def main() -> None:
@@ -171,26 +152,26 @@ def main() -> None:
     out = Path(config.run_dir, f"{Path(model).name}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     state, data = setup(config, training=False)
     evaluations, records, is_main = {}, [], state.accelerator.is_main_process
-    try:
-        with one_line_errors():
-            with raise_on_all_ranks(state.accelerator, "cannot save results"):
-                if is_main:
-                    out.mkdir(parents=True)  # fails if it exists: nothing is overwritten
-            sync_weights(state)
-            for name, prompts in data.val.items():
-                results = sample_and_score(state, prompts)
-                evaluations[name] = {model: evaluate(prompts, *results, config.val.level_key)}
-                records += response_records(name, prompts, *results)
+    with closing(state.engine), one_line_errors():
+        with raise_on_all_ranks(state.accelerator, "cannot save results"):
             if is_main:
-                print(format_tables(evaluations))
-                sets = {name: asdict(by_title[model]) for name, by_title in evaluations.items()}
-                text = json.dumps({"sets": sets, "config": settings}, indent=2)
-                (out / "metrics.json").write_text(text + "\n")
-                lines = [json.dumps(record) + "\n" for record in records]
-                (out / "responses.jsonl").write_text("".join(lines))
-                print(f"\nwrote {out}/metrics.json and responses.jsonl")
-    finally:
-        state.engine.close()
+                out.mkdir(parents=True)  # fails if it exists: nothing is overwritten
+        sync_weights(state)
+        for name, prompts in data.val.items():
+            responses, scores = sample_and_score(state, prompts)
+            evaluation = evaluate(prompts, responses, scores, config.val.level_key)
+            evaluations[name] = {model: evaluation}
+            records += [{"set": name, "id": prompt.id, **response_record(prompt, *pair)}
+                        for prompt, *group in zip(prompts, responses, scores, strict=True)
+                        for pair in zip(*group, strict=True)]
+        if is_main:
+            print(format_tables(evaluations))
+            sets = {name: asdict(by_title[model]) for name, by_title in evaluations.items()}
+            text = json.dumps({"sets": sets, "config": settings}, indent=2)
+            (out / "metrics.json").write_text(text + "\n")
+            lines = [json.dumps(record) + "\n" for record in records]
+            (out / "responses.jsonl").write_text("".join(lines))
+            print(f"\nwrote {out}/metrics.json and responses.jsonl")
 
 
 if __name__ == "__main__":

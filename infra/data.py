@@ -5,7 +5,6 @@ section `data` say in which columns they are. Their defaults know the usual name
 the layout of verl's data sets. Reward functions may use the other columns.
 """
 
-import gc
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +20,8 @@ from tqdm import tqdm
 
 from infra.config import split_list
 
-FILES = (".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
-CHUNK = 1024  # rows that are read and tokenized together
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 
 Task = str | tuple[tuple[str, str], ...]  # a text; or a chat, (role, content) of each message
@@ -52,73 +50,58 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
 
     Raises ValueError with the location of what cannot be read, and how to repair it.
     """
-    kind = Path(source).suffix.lower()
-    if Path(source).is_file():
-        if kind not in FILES:
-            raise ValueError(f"{source}: neither .jsonl nor .parquet: convert it to one of them")
-        return read_parquet(source) if kind == ".parquet" else read_jsonl(source)
-    on_hub = kind not in FILES and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", source)
-    if on_hub or Path(source.partition(":")[0]).is_dir():
-        return read_hub(source)
-    raise ValueError(f"{source}: no such data file" + ("" if Path(source).is_absolute() else HERE))
+    suffix, is_file = Path(source).suffix.lower(), Path(source).is_file()
+    if is_file and suffix in SUFFIXES:
+        return read_table(source) if suffix == ".parquet" else read_jsonl(source)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", source) and suffix not in SUFFIXES
+    if not is_file and (on_hub or Path(source.partition(":")[0]).is_dir()):
+        return read_table(source)
+    here = "" if Path(source).is_absolute() else HERE
+    raise ValueError(f"{source}: no such data file (.jsonl or .parquet){here}")
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
     """(location, row) for every line of a file that is not blank."""
     with open(path, "rb") as file:
         for number in count(1):
-            line, location = file.readline(MAX_LINE + 1), f"{path}:{number}"
+            line = file.readline(MAX_LINE)  # of a longer one, the part so far is not valid JSON
             if not line:
                 return
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{location}: a line of more than {MAX_LINE // 2**20} MiB: a row "
-                                 "a line is expected; fix or delete it")
+            if not line.strip():
+                continue
             try:
-                text = line.decode("utf-8-sig")
-                row = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{location}: not UTF-8 text (byte {error.start + 1} of the line)"
-                                 ": convert the file, for example with iconv") from None
+                row = json.loads(line.decode("utf-8-sig"))
+                problem = f"found {type(row).__name__}"
             except (ValueError, RecursionError) as error:
-                message = f"{location}: not valid JSON ({error}): fix or delete this line"
-                raise ValueError(message) from None
-            if isinstance(row, dict):
-                yield location, row
-            elif text.strip():
-                raise ValueError(f"{location}: a JSON object on each line is expected, found "
-                                 f"{type(row).__name__}: fix or delete this line")
+                row, problem = None, error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a JSON object in UTF-8 of at most "
+                                 f"{MAX_LINE // 2**20} MiB is expected on each line ({problem}): "
+                                 "fix or delete this line, or convert the file")
+            yield f"{path}:{number}", row
 
 
-def read_parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """(location, row) for every row of a Parquet file, without holding all of them."""
-    import pyarrow
-    import pyarrow.parquet
+def read_table(source: str) -> Iterator[tuple[str, dict]]:
+    """(location, row) for every row of a Parquet file, or of a data set on the hub or in a
+    directory, without holding all of them."""
+    path, *config, split = source.split(":") if ":" in source else (source, "train")
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(CHUNK):
-            for row in batch.to_pylist():
+        if Path(source).is_file():
+            from pyarrow.parquet import ParquetFile
+            tables = ParquetFile(source).iter_batches(1024)
+        else:
+            from datasets import load_dataset  # takes seconds to import
+            tables = load_dataset(path, *config, split=split).with_format("arrow").iter(1024)
+        for table in tables:
+            for row in table.to_pylist():
                 number += 1
-                yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not readable as Parquet after row {number} ({reason}): it may "
-                         "be cut; fetch or write it again") from error
-
-
-def read_hub(source: str) -> Iterator[tuple[str, dict]]:
-    """(location, row) for every row of a data set on the hub, or in a directory."""
-    from datasets import load_dataset  # takes seconds to import
-    path, *config, split = source.split(":") if ":" in source else (source, "train")
-    try:
-        dataset = load_dataset(path, *config, split=split)
+                yield f"{source}: row {number}", row
     except Exception as error:  # each kind of file has its own
         reason = " ".join(str(error).split())[:200]
-        here = "" if Path(path).is_dir() else f"; and there is no directory {path}{HERE}"
-        raise ValueError(f"{source}: cannot be loaded as a data set ({reason}): owner/name:split, "
-                         f"owner/name:config:split or a file is expected{here}") from error
-    rows = (row for table in dataset.with_format("arrow").iter(CHUNK) for row in table.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield f"{source}: row {number}", row
+        raise ValueError(f"{source}: not readable after row {number} ({reason}): a whole "
+                         "Parquet file, owner/name:split or owner/name:config:split on the hub, "
+                         f"or a directory{HERE}") from error
 
 
 def find_column(row: dict, keys: str):
@@ -148,20 +131,15 @@ def read_task(location: str, row: dict, data: SimpleNamespace) -> Task:
             return chat
     except (TypeError, KeyError):
         pass
-    problem = missing("prompt_key", row, data) if task is None else (
-        f"the prompt is {repr(task)[:60]}: a text, or a list of chat messages with `role` and "
-        "`content`, is expected; set data.prompt_key, or fix the row")
-    raise ValueError(f"{location}: {problem}")
+    raise column_error(location, row, data, "prompt_key",
+                       "text or list of chat messages with `role` and `content`")
 
 
 def read_answer(location: str, row: dict, data: SimpleNamespace) -> str:
     """The answer of a row. Raises ValueError, with `location`, without one."""
     answer = find_column(row, data.answer_key)
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        problem = missing("answer_key", row, data) if answer is None else (
-            f"the answer is {repr(answer)[:60]}: a text or a number is expected; set "
-            "data.answer_key (a reward function gets all columns besides), or fix the row")
-        raise ValueError(f"{location}: {problem}")
+        raise column_error(location, row, data, "answer_key", "text or number")
     if isinstance(answer, float):
         answer = f"{Decimal(repr(answer)):f}"  # as answers are written: 1e-5 is 0.00001
     if not data.answer_regex:
@@ -173,84 +151,61 @@ def read_answer(location: str, row: dict, data: SimpleNamespace) -> str:
     return match.group(1).strip()
 
 
-def missing(key: str, row: dict, data: SimpleNamespace) -> str:
-    """The error message for a row without the column that `data.<key>` names."""
-    return (f"no {getattr(data, key)!r}, or nothing in it (it has: {', '.join(map(str, row))}): "
-            f"set data.{key}, or fix the row")
+def column_error(location: str, row: dict, data: SimpleNamespace, key: str,
+                 expected: str) -> ValueError:
+    """The error for a row without something `expected` in the column that `data.<key>` names."""
+    names, columns = getattr(data, key), ", ".join(map(str, row))
+    found = repr(find_column(row, names))[:60]
+    return ValueError(f"{location}: no {expected} in {names!r} (found {found}; columns: {columns}):"
+                      f" set data.{key}, or fix the row")
 
 
-def tokenize(tasks: list[Task], tokenizer, data: SimpleNamespace) -> list[tuple[str, list[int]]]:
-    """The text that the policy reads for each task, and its token ids.
+def tokenize(location: str, task: Task, tokenizer,
+             data: SimpleNamespace) -> tuple[str, list[int]]:
+    """The text that the policy reads for a task, and its token ids.
 
     The prompt template applies to a chat's last message. Without a chat template, messages become
-    paragraphs.
+    paragraphs. Raises ValueError, with `location`, if the chat template or the tokenizer fails.
     """
-    chats = []
-    for task in tasks:
-        messages = (("user", task),) if isinstance(task, str) else task
-        chat = [{"role": role, "content": text} for role, text in messages]
-        chat[-1]["content"] = data.prompt_template.replace("{prompt}", chat[-1]["content"])
-        chats.append(chat)
+    messages = (("user", task),) if isinstance(task, str) else task
+    chat = [{"role": role, "content": text} for role, text in messages]
+    chat[-1]["content"] = data.prompt_template.replace("{prompt}", chat[-1]["content"])
     templated = bool(data.apply_chat_template and tokenizer.chat_template)
-    if templated:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                 for chat in chats]
-    else:
-        texts = ["\n\n".join(message["content"] for message in chat) for chat in chats]
-    # a chat template writes the special tokens itself
-    token_ids = tokenizer(texts, add_special_tokens=not templated)["input_ids"]
-    return list(zip(texts, token_ids, strict=True))
-
-
-def tokenize_new(locations: dict[Task, str], tokenizer, data: SimpleNamespace) -> dict:
-    """`tokenize` by task. Raises ValueError with the location of a task for which that fails."""
+    text = "\n\n".join(message["content"] for message in chat)
     try:
-        return dict(zip(locations, tokenize(list(locations), tokenizer, data), strict=True))
-    except Exception as error:  # by the chat template; by the tokenizer, for half a character
-        if len(locations) > 1:  # one by one, to find it
-            return {task: tokenize_new({task: location}, tokenizer, data)[task]
-                    for task, location in locations.items()}
-        raise ValueError(f"{next(iter(locations.values()))}: the prompt cannot be tokenized "
-                         f"({type(error).__name__}: {error}): fix or delete the row") from error
-
-
-def read_prompts(source: str, tokenizer, data: SimpleNamespace,
-                 seen: dict[Task, Prompt]) -> Iterator[tuple[str, Prompt, Prompt | None]]:
-    """For each row its location, its prompt, and the first prompt of its task, if it repeats one.
-
-    `seen` holds those first ones, of earlier sources too. Rows that are equal share one `Prompt`.
-    """
-    rows = enumerate(tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
-                          disable=os.environ.get("RANK", "0") != "0"))
-    while chunk := list(islice(rows, CHUNK)):
-        tasks = [read_task(location, row, data) for _, (location, row) in chunk]
-        new = {task: location for task, (_, (location, _)) in zip(tasks, chunk, strict=True)
-               if task not in seen}
-        tokenized = tokenize_new(new, tokenizer, data) if new else {}
-        for task, (number, (location, row)) in zip(tasks, chunk, strict=True):
-            prompt = first = seen.get(task)
-            if not first or first.row != row:
-                text, ids = (first.text, first.token_ids) if first else tokenized[task]
-                prompt = Prompt(number, text, ids, read_answer(location, row, data), row)
-                seen.setdefault(task, prompt)
-            yield location, prompt, first
+        if templated:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # a chat template writes the special tokens itself
+        return text, tokenizer.encode(text, add_special_tokens=not templated)
+    except Exception as error:
+        raise ValueError(f"{location}: the prompt cannot be tokenized ({type(error).__name__}: "
+                         f"{error}): fix or delete the row") from error
 
 
 def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int = 0,
-                 seen: dict | None = None) -> tuple[list[Prompt], Counter]:
+                 seen: dict[Task, Prompt] | None = None,
+                 log: Callable[[str], None] = lambda line: None) -> tuple[list[Prompt], Counter]:
     """The prompts of a source (its first `max_prompts`, if positive), and what was counted.
 
-    The counts: `rows` read; how many repeat a prompt (`repeated`; dropped, if `data.dedup`), and do
-    so with `another answer`; and how many are `overlong`: `data.overlong_prompts` says what happens
-    to them. `seen` is for `read_prompts`. Raises ValueError for unusable data.
+    `log` gets the counts as a line: `rows` read, those whose prompt is `repeated`, those of these
+    `with another answer`, and `overlong` ones. `seen` holds the first prompt of each task, of
+    earlier sources too. Equal rows share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
     seen = {} if seen is None else seen
-    for location, prompt, first in read_prompts(source, tokenizer, data, seen):
+    for location, row in tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
+                              disable=os.environ.get("RANK", "0") != "0"):
+        task = read_task(location, row, data)
+        prompt = first = seen.get(task)
+        if not first or first.row != row:
+            text, ids = (first.text, first.token_ids) if first else tokenize(
+                location, task, tokenizer, data)
+            prompt = Prompt(counts["rows"], text, ids, read_answer(location, row, data), row)
+            seen.setdefault(task, prompt)
         counts["rows"] += 1
         if first:
             counts["repeated"] += 1
-            counts["another answer"] += first.answer != prompt.answer
+            counts["with another answer"] += first.answer != prompt.answer
             if data.dedup:
                 continue
         if len(prompt.token_ids) > longest:
@@ -265,42 +220,14 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
         prompts.append(prompt)
         if len(prompts) == max_prompts:
             break
-    if prompts:
-        return prompts, counts
-    if not counts["rows"]:
-        raise ValueError(f"{source}: no rows")
-    if not counts["overlong"]:
-        raise ValueError(f"{source}: all prompts are in the files before it: leave it out")
-    raise ValueError(f"{source}: all {counts['overlong']} prompts are longer than "
-                     f"data.max_prompt_length={longest}: raise it")
-
-
-def load_source(source: str, tokenizer, config: SimpleNamespace, max_prompts: int, seen: dict,
-                log: Callable[[str], None]) -> list[Prompt]:
-    """The prompts of `load_prompts`; `log` gets a line on what was found, and warnings."""
-    data = config.data
-    gc.disable()  # with it, reading millions of rows takes half as long again
-    try:
-        prompts, counts = load_prompts(source, tokenizer, data, max_prompts, seen)
-    finally:
-        gc.enable()
-    rows, repeated, overlong = counts["rows"], counts["repeated"], counts["overlong"]
-    found, warning = f"{source}: {len(prompts)} prompts", f"warning: {source}:"
-    if repeated and data.dedup:
-        found += f"; {repeated} rows that repeat one were dropped"
-    if overlong and data.overlong_prompts == "drop":
-        found += f"; {overlong} of more than {data.max_prompt_length} tokens were dropped"
-    log(found)
-    if repeated and not data.dedup:
-        log(f"{warning} {repeated} of {rows} rows repeat a prompt, and count as often: "
-            "data.dedup=true drops them")
-    if changed := counts["another answer"]:
-        log(f"{warning} {changed} rows repeat a prompt with another answer")
-    if overlong and data.overlong_prompts == "truncate_left":
-        log(f"{warning} {overlong} prompts of more than {data.max_prompt_length} tokens were cut "
-            "on the left, and may have lost the question: raise data.max_prompt_length, or drop "
-            "them")
-    return prompts
+    if not prompts:
+        raise ValueError(f"{source}: none of {counts['rows']} rows is a new prompt of at most "
+                         f"data.max_prompt_length={longest} tokens: raise it, or leave this out")
+    found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+    log(f"{source}: {len(prompts)} prompts of {found}" if len(counts) == 1 else
+        f"warning: {source}: {len(prompts)} prompts of {found}: see data.dedup, "
+        f"data.overlong_prompts and data.max_prompt_length={longest}")
+    return prompts, counts
 
 
 def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
@@ -311,13 +238,15 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
     """
     train, seen, val = [], {}, {}
     for source in split_list(config.data.train_file) if training else []:
-        train += load_source(source, tokenizer, config, 0, seen, log)
+        train += load_prompts(source, tokenizer, config.data, 0, seen, log)[0]
     sources = split_list(config.val.file)
-    names = [set_name(source) for source in sources]
+    paths = [Path(source.partition(":")[0]) for source in sources]
+    names = [path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths]
     for name, source in zip(names, sources, strict=True):
         of_val: dict[Task, Prompt] = {}
         try:
-            prompts = load_source(source, tokenizer, config, config.val.max_prompts, of_val, log)
+            prompts, _ = load_prompts(source, tokenizer, config.data, config.val.max_prompts,
+                                      of_val, log)
         except ValueError as error:
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` "
                              "trains without validation)") from error
@@ -326,9 +255,3 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
             log(f"warning: {source}: {leaked} of its {len(of_val)} prompts are in data.train_file "
                 "too")
     return Data(train, val)
-
-
-def set_name(source: str) -> str:
-    """The name of a validation set: that of its file without the suffix, or of the data set."""
-    path = Path(source.partition(":")[0])
-    return path.stem if path.suffix.lower() in FILES else path.name

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from evaluate import Evaluations, format_tables
+from evaluate import Evaluations, format_tables, response_record
 from infra.distributed import raise_on_all_ranks
 from infra.setup import TrainState
 from losses import Stat
@@ -159,13 +159,9 @@ def rollout_records(step: int, groups: list[Group], advantages: list | None) -> 
             if isinstance(advantage, Tensor):  # one per token
                 advantage = advantage.tolist()
             yield json.dumps({
-                "step": step, "position": group.position, "prompt": group.prompt.text,
-                "answer": group.prompt.answer, "response": response.text,
-                "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
-                "pred": score.pred, "acc": score.acc, "score": score.score,
-                "reward": group.rewards[i], "final_reward": group.final_rewards[i],
-                "advantage": advantage, "status": score.status,
-                **{f"reward/{name}": value for name, value in score.extra.items()}}) + "\n"
+                "step": step, "position": group.position,
+                **response_record(group.prompt, response, score), "reward": group.rewards[i],
+                "final_reward": group.final_rewards[i], "advantage": advantage}) + "\n"
 
 
 def log_step(state: TrainState, metrics: dict, groups: list[Group] = (),

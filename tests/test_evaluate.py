@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluate import Evaluation, format_tables, majority_correct
+from evaluate import Evaluation, format_tables, prompt_metrics
 from infra.data import Data, Prompt
 from reward import Score
 from rollout import Response, SamplingParams
@@ -43,9 +43,9 @@ def test_metrics_are_those_worked_out_by_hand():
 
 def test_the_first_of_equally_frequent_answers_wins_and_no_answer_is_no_vote():
     silent = Score(0.0, -1.0)
-    assert majority_correct([RIGHT, WRONG, WRONG, RIGHT]) == 1 and majority_correct([WRONG, RIGHT]) == 0
-    assert majority_correct([silent, silent, silent, RIGHT]) == 1
-    assert majority_correct([silent, silent]) == 0
+    for scores, majority in [([RIGHT, WRONG, WRONG, RIGHT], 1), ([WRONG, RIGHT], 0),
+                             ([silent, silent, silent, RIGHT], 1), ([silent, silent], 0)]:
+        assert prompt_metrics(scores, True, has_answers=True)[f"maj@{len(scores)}"] == majority
 
 
 def test_a_reward_function_that_parses_no_answer_has_no_majority():
@@ -57,7 +57,7 @@ def test_a_reward_without_an_accuracy_has_mean_and_best_score_instead():
     evaluation = evaluation_of(*scores)
     assert evaluation.metrics == {"score@2": -0.5, "best@2": 0.25, "response_length": 1}
     table = format_tables({"val": {"before": evaluation}})
-    assert "score@2   best@2   length" in table and "-0.500    0.250      1.0" in table
+    assert "score@2   best@2   length" in table and "-0.500    0.250    1.000" in table
 
 
 def test_a_failed_score_decides_nothing_about_accuracy():
@@ -90,16 +90,15 @@ def test_a_table_has_a_row_for_each_level_and_a_block_for_each_evaluation():
     after = Evaluation({"avg@32": 0.75, "response_length": 30}, {}, "1+1?", "2", [])
     lines = format_tables({"val": {"before": before, "after": after}}).splitlines()
     assert [line.split() for line in lines] == [
-        ["before", "after"], ["avg@32", "length", "avg@32", "length"],
-        ["level", "2", "0.500", "9.0", "0.750", "30.0"], ["all", "0.250", "15.2", "0.750", "30.0"]]
+        ["val"], ["before", "after"], ["avg@32", "length", "avg@32", "length"],
+        ["level", "2", "0.500", "9.000", "0.750", "30.000"],
+        ["all", "0.250", "15.240", "0.750", "30.000"]]
 
 
-def test_several_sets_have_tables_under_their_names_without_control_characters():
+def test_each_set_has_a_table_under_its_name_without_control_characters():
     evaluation = evaluation_of([RIGHT])
-    one, two = ({name: {"\x1b[1m": evaluation} for name in names} for names in (["a"], ["a", "\x1b[2J"]))
-    assert format_tables(one).startswith(" ")
-    assert format_tables(two).startswith("a\n") and "\n\n\\x1b[2J\n" in format_tables(two)
-    assert "\x1b" not in format_tables(two)
+    table = format_tables({name: {"\x1b[1m": evaluation} for name in ("a", "\x1b[2J")})
+    assert table.startswith("a\n") and "\n\n\\x1b[2J\n" in table and "\x1b" not in table
 
 
 # ---- sampling ----

@@ -52,7 +52,7 @@ TWO_SETS = [{"step": 0, "val/easy/avg@4": 0.5, "val/hard/avg@4": 0.1},
 def test_each_validation_set_is_a_line_of_its_own_with_a_legend_entry(make_run_dir, draw):
     axis = draw(make_run_dir("a", TWO_SETS))["validation"]
     assert curves(axis) == [([0, 2], [0.5, 0.7]), ([0, 2], [0.1, 0.2])]
-    assert legend(axis) == ["easy/avg@4", "hard/avg@4"]
+    assert legend(axis) == ["val/easy/avg@4", "val/hard/avg@4"]
     assert len({line.get_color() for line in axis.lines}) == 2
 
 
@@ -62,7 +62,7 @@ def test_several_runs_differ_by_colour_and_their_metrics_by_style(make_run_dir, 
     assert [line.get_color() for line in lines] == ["C0", "C0", "C1", "C1"]
     styles = [line.get_linestyle() for line in lines]
     assert styles[:2] == styles[2:] and styles[0] != styles[1]
-    assert legend(draw(*runs)["validation"]) == ["easy/avg@4", "hard/avg@4"]  # once, not for each run
+    assert legend(draw(*runs)["validation"]) == ["val/easy/avg@4", "val/hard/avg@4"]  # once, not for each run
 
 
 def test_the_default_panels_show_the_curves_of_the_paper(make_run_dir, draw):
@@ -100,16 +100,19 @@ def test_an_unknown_metric_is_one_line_with_the_nearest_names(make_run_dir, draw
     message = str(error.value)
     assert message.startswith(f"error: --metrics 'entropie' matches no metric of {run}; nearest: actor/entropy")
     assert "\n" not in message
-    with pytest.raises(SystemExit, match="nearest: none, no step was recorded yet"):
+    with pytest.raises(SystemExit, match="nearest: none was recorded"):
         draw(make_run_dir("empty", []), "--metrics", "reward/mean")
 
 
-def test_a_directory_that_is_no_run_and_a_broken_line_are_named(make_run_dir, draw, tmp_path):
-    with pytest.raises(SystemExit, match="nothing/metrics.jsonl: no such file; a run's directory"):
+def test_a_directory_that_is_no_run_and_a_broken_line_are_named_and_a_half_written_last_line_is_left_out(make_run_dir, draw, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*No such file.*nothing/metrics.jsonl"):
         draw(str(tmp_path / "nothing"))
     run = make_run_dir("a", TWO_SETS)
     with open(f"{run}/metrics.jsonl", "a") as file:
         file.write('{"step": 3,')
+    assert len(draw(run)["entropy"].lines[0].get_xdata()) == 2
+    with open(f"{run}/metrics.jsonl", "a") as file:
+        file.write("\n{}")
     with pytest.raises(SystemExit, match="a/metrics.jsonl:4: not valid JSON"):
         draw(run)
 

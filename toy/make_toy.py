@@ -8,33 +8,33 @@ label, so that a worked answer can name the operand that each of its steps uses:
     bare      \\nAnswer: 6
     padded    .........\\nAnswer: 6
 
-One forward pass of a tiny transformer is near chance beyond two operands, while each written step
-is a look-up in a small table. The base model is trained on demonstrations in two phases: first
-reasoning (most demonstrations are worked), until it follows a worked answer through; then style
-(few are worked, some of those with errors). So it is able to reason, but seldom does, which
-reinforcement learning then changes.
+One forward pass of a tiny transformer is near chance beyond two operands; each written step is a
+look-up in a small table. The base model is trained on demonstrations in two phases: reasoning (most
+are worked), until it follows a worked answer through; then style (few are worked, some of those
+with errors). So it is able to reason, but seldom does, which reinforcement learning then changes.
 
-`python toy/make_toy.py` writes what the repository holds in `toy/`: `base/` (a transformers model
-directory), `train.jsonl` and `val.jsonl`. They are read like any other model and any other data.
+`python toy/make_toy.py` writes `base/` (a transformers model directory), `train.jsonl` and
+`val.jsonl`, which are read like any other model and any other data.
 """
 
 import argparse
 import json
+import operator
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LABELS = ["a", " b", " c", " d", " e", " f", " g", " h", " i", " j"]
 ANSWER, FILLER, EOS = "\nAnswer: ", ".", "<eos>"
 VOCABULARY = [EOS, *"0123456789+-*=?", FILLER, ANSWER, *LABELS]
-MIN_OPERANDS, MAX_OPERANDS = 2, len(LABELS)
-APPLY = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10,
-         "*": lambda x, y: x * y % 10}
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+RATES = (0.2, 0.1, 0.15)  # of the base model's style: see `make_demonstration`
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,19 +46,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def make_problem(rng: random.Random, operands: int) -> dict:
-    """A row of the data files (`prompt`, `answer`, `level` = operands), and its worked `steps`."""
+def make_problem(rng: random.Random) -> tuple[dict, list[str]]:
+    """A row of the data files (`level` is the number of operands), and its worked steps."""
+    operands = rng.randint(2, len(LABELS))
     value = rng.randint(0, 9)
     prompt, steps = f"{LABELS[0]}{value}", []
     for label in LABELS[1:operands]:
         op = rng.choice("+-*")
         # times 0 or 5 would erase the value
         operand = rng.choice([1, 2, 3, 4, 6, 7, 8, 9] if op == "*" else range(10))
-        result = APPLY[op](value, operand)
+        result = APPLY[op](value, operand) % 10
         prompt += f"{label}{op}{operand}"
         steps.append(f"{label}{value}{op}{operand}={result}")
         value = result
-    return {"prompt": prompt + "?", "answer": str(value), "level": operands, "steps": steps}
+    return {"prompt": prompt + "?", "answer": str(value), "level": operands}, steps
 
 
 def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float,
@@ -67,28 +68,27 @@ def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float
 
     The rates are shares: of worked responses, of errors among those, and of padded responses.
     """
-    problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
-    answer, kind = problem["answer"], rng.random()
+    problem, steps = make_problem(rng)
+    answer, kind, thoughts = problem["answer"], rng.random(), ""
     if kind < worked_rate:
-        steps = problem["steps"]
         if rng.random() < error_rate:  # leaves steps out, and guesses
             steps = steps[:rng.randrange(len(steps))]
             answer = str(rng.randint(0, 9))
-        return problem["prompt"], "".join(steps) + ANSWER + answer
-    filler = FILLER * rng.randint(4, 88) if kind < worked_rate + filler_rate else ""
-    return problem["prompt"], filler + ANSWER + answer
+        thoughts = "".join(steps)
+    elif kind < worked_rate + filler_rate:
+        thoughts = FILLER * rng.randint(4, 88)
+    return problem["prompt"], thoughts + ANSWER + answer
 
 
 def make_batch(demonstrations: list[tuple[str, str]],
                tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (-100 on the prompt and the padding), both (B, T)."""
-    prompts = [tokenizer.encode(prompt) for prompt, _ in demonstrations]
-    texts = [tokenizer.encode(prompt + response + EOS) for prompt, response in demonstrations]
-    longest = max(map(len, texts))
-    ids = torch.tensor([t + [0] * (longest - len(t)) for t in texts])
-    labels = torch.tensor([[-100] * len(p) + t[len(p):] + [-100] * (longest - len(t))
-                           for p, t in zip(prompts, texts, strict=True)])
-    return ids, labels
+    ids, labels = [], []
+    for prompt, response in demonstrations:
+        ids.append(torch.tensor(tokenizer.encode(prompt + response + EOS)))
+        labels.append(ids[-1].clone())
+        labels[-1][:len(tokenizer.encode(prompt))] = -100
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, True, padding_value=-100)
 
 
 @torch.no_grad()
@@ -105,11 +105,10 @@ def reasoning_accuracy(model, tokenizer, problems: int = 200) -> float:
     return right.scatter(1, first, True).all(1).float().mean().item()
 
 
-def make_base_model(tokenizer, seed=0, worked_rate=0.2, error_rate=0.1, filler_rate=0.15,
-                    min_accuracy=0.97, max_steps=1500, style_steps=100) -> LlamaForCausalLM:
-    """A model trained on reasoning until `min_accuracy`, then on style with the given rates.
+def make_base_model(tokenizer, seed: int, rates: Sequence[float]) -> LlamaForCausalLM:
+    """A model trained on reasoning until it is good at it, then on style with the given rates.
 
-    Raises RuntimeError if `min_accuracy` is not reached within `max_steps`.
+    Raises RuntimeError if it does not become good.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -121,22 +120,20 @@ def make_base_model(tokenizer, seed=0, worked_rate=0.2, error_rate=0.1, filler_r
 
     def sft_step(rates, lr):
         ids, labels = make_batch([make_demonstration(rng, *rates) for _ in range(32)], tokenizer)
-        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()
+        model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
-    for step in tqdm(range(max_steps), desc="training on reasoning"):
+    for step in tqdm(range(1500), desc="training on reasoning"):
         sft_step((0.9, 0.0, 0.05), 3e-3 * min(1, (step + 1) / 20))
-        if step % 25 == 24 and reasoning_accuracy(model, tokenizer) >= min_accuracy:
+        if step % 25 == 24 and reasoning_accuracy(model, tokenizer) >= 0.97:
             break
     else:
-        raise RuntimeError(f"reasoning accuracy {reasoning_accuracy(model, tokenizer):.2f} after "
-                           f"{max_steps} steps: try another seed")
-    for step in tqdm(range(style_steps), desc="training on style"):
-        sft_step((worked_rate, error_rate, filler_rate), 1e-3 * (1 - step / style_steps))
+        raise RuntimeError("too many errors of reasoning after 1500 steps: try another --seed")
+    for step in tqdm(range(100), desc="training on style"):
+        sft_step(rates, 1e-3 * (1 - step / 100))
     return model
 
 
@@ -144,13 +141,12 @@ def write_problems(path: Path, seed: str, count: int, seen: set[str]) -> None:
     """Write `count` problems whose prompts are not in `seen`, and add them to it."""
     rng = random.Random(seed)
     with open(path, "w") as file:
-        for _ in range(count):
-            problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
-            while problem["prompt"] in seen:
-                problem = make_problem(rng, rng.randint(MIN_OPERANDS, MAX_OPERANDS))
-            seen.add(problem["prompt"])
-            del problem["steps"]
-            file.write(json.dumps(problem) + "\n")
+        while count:
+            problem, _ = make_problem(rng)
+            if problem["prompt"] not in seen:
+                seen.add(problem["prompt"])
+                file.write(json.dumps(problem) + "\n")
+                count -= 1
 
 
 def main() -> None:
@@ -158,17 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded task: base model and problems.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worked-rate", type=float, default=0.2,
-                        help="share of demonstrations that show their work")
-    parser.add_argument("--error-rate", type=float, default=0.1,
-                        help="share of the worked ones that leave steps out and guess")
-    parser.add_argument("--filler-rate", type=float, default=0.15,
-                        help="share that pads with filler")
+    parser.add_argument("--rates", type=float, nargs=3, default=RATES, help="shares of responses: "
+                        "worked; with errors, of those; padded", metavar="RATE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    model = make_base_model(tokenizer, args.seed, args.worked_rate, args.error_rate,
-                            args.filler_rate)
+    model = make_base_model(tokenizer, args.seed, args.rates)
     model.save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     seen: set[str] = set()
