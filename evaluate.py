@@ -144,7 +144,7 @@ def response_record(prompt: Prompt, response: Response, score: Score) -> dict:
 
 def main() -> None:
     """Evaluate the model that the command line names, print the table, save what it is made of."""
-    config = read_command_line("Evaluate a model on the validation sets of a config.")
+    config = read_command_line("Evaluate a model on validation sets.", training=False)
     if not split_list(config.val.file):
         raise SystemExit("error: val.file names no data to evaluate on: set val.file=FILE")
     settings, model = flatten(config), config.model.path

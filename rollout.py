@@ -24,7 +24,7 @@ from infra.distributed import map_over_ranks
 from infra.rng import make_rng
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single ==
 class Response:
     """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
     `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32. `text` lacks special tokens.

@@ -155,6 +155,17 @@ def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
     return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
 
 
+def describe_filter(filter_groups: SimpleNamespace) -> str:
+    """What the filter compares, for the start of a run."""
+    compared = {"acc": "accuracy (score, if the reward function states no accuracy)",
+                "score": "score", "seq_reward": "score with the overlong penalty",
+                "seq_final_reward": "score with the overlong and KL penalties"}
+    if not filter_groups.enable:
+        return "filter_groups: off, every group is trained"
+    return (f"filter_groups: a group is dropped if all of its responses have the same "
+            f"{compared[filter_groups.metric]}")
+
+
 def select_groups(kept: list[Group], config: SimpleNamespace) -> list[Group]:
     """The groups that are trained: the first `train_batch_size` kept, in the stream's order.
 
@@ -172,18 +183,21 @@ def count_groups(counters: dict, kept: int, generated: int, trained: int) -> Non
 
 
 def check_underfilled(state, counters: dict, step: int, kept: list[Group], generated: list[Group],
-                      gen_batches: int) -> None:
-    """Say why a step has too few groups. Raises ValueError if the run is to stop there."""
+                      gen_batches: int) -> str:
+    """Warn of a step that has too few groups. Returns why the run must stop, "" if it need not."""
+    if len(kept) >= state.config.data.train_batch_size:
+        return ""
     filter_groups = state.config.filter_groups
     message = underfilled_message(step, kept, generated, gen_batches, filter_groups.metric)
     if filter_groups.at_limit == "error":
-        raise ValueError(message)
+        return message
     trains = kept and not counters["consecutive_skips"]
     warn(state, f"{message}. This step "
                 + (f"trains on {len(kept)} groups" if trains else "is skipped"))
     if counters["consecutive_skips"] > filter_groups.max_skipped_steps:
-        raise ValueError(f"{counters['consecutive_skips']} steps in a row were skipped, the last "
-                         f"because: {message}")
+        return (f"{counters['consecutive_skips']} steps in a row were skipped, the last because: "
+                f"{message}")
+    return ""
 
 
 def underfilled_message(step: int, kept: list[Group], generated: list[Group], gen_batches: int,
@@ -206,7 +220,7 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
             "let it return scores that differ between responses")
     elif hidden > 0 and metric == "acc":
         advice = (f"scores differ in {hidden} groups in which accuracy does not: filter on "
-                  "filter_groups.metric=score, or let the reward function return `acc`")
+                  "filter_groups.metric=score, or check the `acc` that the reward function returns")
     elif truncated > 0.5:
         advice = ("raise data.max_response_length; if responses used to end, the policy has "
                   "collapsed: lower actor.lr")

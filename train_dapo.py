@@ -36,8 +36,9 @@ from infra.packing import packing_kind
 from infra.setup import TrainState, set_learning_rate, setup, sync_weights
 from losses import Stat, aggregate, group_advantages, importance_weights, kl_penalty, policy_loss
 from rollout import SamplingParams, generate
-from sampling import (Group, check_underfilled, count_groups, draw_prompts, generation_batch_size,
-                      keep_group, make_groups, score_responses, select_groups)
+from sampling import (Group, check_underfilled, count_groups, describe_filter, draw_prompts,
+                      generation_batch_size, keep_group, make_groups, score_responses,
+                      select_groups)
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> bool:
@@ -78,8 +79,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
             gen_batches += 1
         groups = select_groups(kept, config)
         count_groups(counters, len(kept), len(generated), len(groups))
-        if len(kept) < size:
-            check_underfilled(state, counters, step, kept, generated, gen_batches)
+        problem = check_underfilled(state, counters, step, kept, generated, gen_batches)
 
         advantages, metrics, totals = None, {}, StatTotals()
         if groups:
@@ -110,6 +110,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                    **timer.metrics(generated)}
         metrics |= validation_metrics(state, data.val, step, progress.evaluations)
         log_step(state, metrics, groups or generated, advantages)
+        if problem:
+            raise ValueError(problem)
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
         if save_results(state, progress):
             break
@@ -255,6 +257,7 @@ def main() -> None:
     start = time.perf_counter()
     state, data = setup(config)
     accelerator = state.accelerator
+    accelerator.print(describe_filter(config.filter_groups))
     with one_line_errors():
         lock = lock_run_dir(accelerator, config)
         progress = resume_or_start(state, data.train)

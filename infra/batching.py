@@ -13,7 +13,7 @@ from infra.rng import make_rng
 from infra.setup import TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single ==
 class Sample:
     """One response to train on. `in_loss` is False if it is masked out of the loss.
 
