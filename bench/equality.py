@@ -25,10 +25,9 @@ RENAMED = {  # a metric's name in OLD: its name in NEW
     "actor/rollout_kl": "actor/mismatch_kl",
     "actor/rollout_max_ratio": "actor/importance_ratio_max",
     "actor/rollout_truncated": "actor/importance_ratio_clip_frac",
-    "position": "prompts_drawn",
     "skipped_in_a_row": "consecutive_skips",
-    "kept": "ema_groups_kept",
-    "drawn": "ema_groups_generated"}
+    "groups/kept_lately": "ema_groups_kept",
+    "groups/drawn_lately": "ema_groups_generated"}
 RESPONSE = ("position", "prompt", "answer", "response", "tokens", "finish_reason", "acc", "score",
             "reward", "final_reward", "advantage")
 

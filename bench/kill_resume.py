@@ -73,7 +73,7 @@ def run_differences(straight: Path, broken: Path) -> list[str]:
 
 def kill_and_resume(folder: Path, kills: int, seed: int,
                     overrides: list[str]) -> tuple[list[str], Counter]:
-    """The differences between the two runs, and how many kills hit it while saving, and elsewhere."""
+    """The differences between the two runs, and how many kills hit it while saving or not."""
     rng, hit = random.Random(seed), Counter()
     straight, broken = folder / "straight", folder / "broken"
     with open(folder / "log.txt", "w") as log:

@@ -368,7 +368,7 @@ def test_other_prompts_are_refused(start, saved, tmp_path):
 
 def test_a_finished_run_is_not_run_for_zero_steps(start, saved):
     for steps in (2, 1):
-        with pytest.raises(SystemExit, match=f"is finished, with 2 steps; raise total_training_steps"
+        with pytest.raises(SystemExit, match="is finished, with 2 steps; raise total_training_steps"
                                              f"={steps} to train on, or name another"):
             start(*SAVED, f"total_training_steps={steps}")
 

@@ -39,10 +39,10 @@ def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
         ids = rng.integers(1, 20, length).astype(np.int32)
         samples.append(Sample([1, 2, 3], ids, rng.normal(), length != 9,
                               *torch.full((2, length), -1.0)))
-    for world in (1, 2):
+    for world, max_tokens in ((1, 10**6), (2, 60)):  # one micro-batch, and several
         state.policy.zero_grad()
         for rank in range(world):
-            for indices in micro_batches(samples, 60, rank, world, packed=True):
+            for indices in micro_batches(samples, max_tokens, rank, world, packed=True):
                 loss, _ = compute_loss(state.config, state.policy,
                                        make_batch(state, samples, indices), False, 65, 4)
                 loss.backward()
