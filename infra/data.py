@@ -57,7 +57,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     if not is_file and (on_hub or Path(source.partition(":")[0]).is_dir()):
         return read_table(source)
     here = "" if Path(source).is_absolute() else HERE
-    raise ValueError(f"{source}: no such data file (.jsonl or .parquet){here}")
+    raise ValueError(f"{source}: no such data file{here} (.jsonl or .parquet)")
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:

@@ -265,21 +265,21 @@ def test_a_parquet_row_without_its_columns_is_named(tmp_path, tokenizer):
 def test_a_file_that_is_not_there_was_looked_for_in_the_current_directory(source):
     with pytest.raises(ValueError) as error:
         read_rows(source)
-    assert str(error.value) == (f"{source}: no such data file (.jsonl or .parquet) in the current directory: run from the repository root, or give "
-                                "an absolute path")
+    assert str(error.value) == (f"{source}: no such data file in the current directory: run from the repository root, or give "
+                                "an absolute path (.jsonl or .parquet)")
     with pytest.raises(ValueError, match="/no/such.jsonl: no such data file .*parquet.$"):
         read_rows("/no/such.jsonl")
 
 
 def test_the_default_data_from_another_directory_is_said_to_be_elsewhere(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="^toy/train.jsonl: no such data file .* in the current directory: run from the "):
+    with pytest.raises(ValueError, match="^toy/train.jsonl: no such data file in the current directory: run from the "):
         load_data(load_config(ROOT / "config.yaml"), tokenizer, print)
 
 
 def test_a_file_of_another_kind_is_said_to_be(tmp_path):
     (tmp_path / "data.csv").write_text("prompt,answer\na1,1\n")
-    with pytest.raises(ValueError, match="data.csv: no such data file ..jsonl or .parquet"):
+    with pytest.raises(ValueError, match="data.csv: no such data file ..jsonl or .parquet."):
         read_rows(str(tmp_path / "data.csv"))
 
 
