@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import infra  # noqa: F401  before torch: it limits how long threads spin
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor

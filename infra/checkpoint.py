@@ -37,8 +37,7 @@ from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.files import replace_dir, write_atomic
 from infra.logprobs import check_weight_sync
 from infra.setup import TrainState, sync_weights
-from plot import plot_runs
-
+from plot import plot_runs, read_metrics
 
 COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",
             "ema_groups_generated")
@@ -58,7 +57,7 @@ class Progress:
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
     run_dir, file = Path(config.run_dir), Path(config.run_dir, "config.yaml")
-    rows, checkpoints = read_metrics(run_dir), list_checkpoints(run_dir)
+    rows, checkpoints = read_rows(run_dir), list_checkpoints(run_dir)
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
@@ -99,17 +98,9 @@ def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
     return named, Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The complete rows of metrics.jsonl; the last may be half written. Raises ValueError."""
-    file, rows = Path(run_dir) / "metrics.jsonl", []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{file}:{number}: not valid JSON: delete this line") from None
-    return rows
+def read_rows(run_dir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; none if there is no such file."""
+    return read_metrics(run_dir) if (Path(run_dir) / "metrics.jsonl").exists() else []
 
 
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
@@ -212,7 +203,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
             elif step < 0:
                 (run_dir / "branch.json").unlink(missing_ok=True)
         if accelerator.is_main_process:
-            rows = [json.dumps(row) + "\n" for row in read_metrics(origin) if row["step"] <= step]
+            rows = [json.dumps(row) + "\n" for row in read_rows(origin) if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             (run_dir / "rollouts").mkdir(exist_ok=True)

@@ -60,9 +60,9 @@ def write_reward(tmp_path, body):
     (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
     (["reward.name=maths"], "error: reward.name: 'maths' is neither math, math_strict_box, math_verify nor"),
     (["reward.name=math,math_strict_box"], "error: reward.weights='1': a number for each of the 2 of reward.name is expected"),
-    (["data.max_prompt_length=2"], "error: toy/train.jsonl: all 5000 prompts are longer than data.max_prompt_length=2"),
-    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no 'task', or nothing in it .it has: prompt, answer, level"),
-    (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no 'task'.*`val.file=` trains without validation"),
+    (["data.max_prompt_length=2"], "error: toy/train.jsonl: none of 5000 rows is a new prompt of at most data.max_prompt_length=2 tokens"),
+    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no text or list .* in 'task' .found None; columns: prompt, answer, level"),
+    (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no text .* in 'task'.*`val.file=` trains without validation"),
     (["log_with=nothing"], "error: .*nothing"),
     (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
     (["data.max_response_length=500"], "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256"),
@@ -80,9 +80,9 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"], "data.jsonl:2: not valid JSON"),
-    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no 'answer,"),
-    ([], "data.jsonl: no rows"),
+    ([{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"], "data.jsonl:2: a JSON object .* is expected"),
+    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no text or number in 'answer,"),
+    ([], "data.jsonl: none of 0 rows is"),
 ])
 def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
     with pytest.raises(SystemExit, match=message):
