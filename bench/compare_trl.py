@@ -53,6 +53,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+SETTING = ["actor.ppo_mini_batch_size=128", "actor.lr=0.0002"]  # four updates a step
 ROOT = Path(__file__).parent.parent
 GOALS = {"speed": 0.5, "accuracy": 0.6}
 SIDES, WARM_UP, EVALUATE_EVERY = ("ours", "trl"), 1, 5
@@ -187,7 +188,7 @@ def measure(args: argparse.Namespace) -> dict:
         config = load_config("config.yaml", [
             f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
-            f"total_training_steps={steps}", *args.overrides])
+            f"total_training_steps={steps}", *SETTING, *args.overrides])
         state, data = setup(config)
         prompts, (val_prompts,) = data.train, data.val.values()
 

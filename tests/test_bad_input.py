@@ -19,8 +19,10 @@ def test_a_misspelt_key_is_one_line_before_anything_is_loaded(start, tmp_path, m
     monkeypatch.setattr(train_dapo, "setup", None)
     with pytest.raises(SystemExit) as error:
         start("actor.clip_ratio_hgh=0.3")
-    assert error.value.code == ("error: command line: unknown config key actor.clip_ratio_hgh: "
-                                "did you mean actor.clip_ratio_high?")  # Python prints it on stderr and exits with 1
+    assert error.value.code == (
+        "error: command line: unknown config key actor.clip_ratio_hgh: "
+        "did you mean actor.clip_ratio_high? config.yaml lists every key"
+    )  # Python prints it on stderr and exits with 1
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
 
 
@@ -33,16 +35,22 @@ def test_a_broken_weights_file_is_one_line(start, tmp_path):
 
 def test_a_reward_file_that_cannot_be_imported_is_one_line(start, tmp_path):
     (tmp_path / "mine.py").write_text("import nowhere_to_be_found\n")
-    with pytest.raises(SystemExit, match="error: reward.name: cannot import .*mine.py: ModuleNotFoundError"):
+    with pytest.raises(
+        SystemExit, match="error: reward.name: cannot import .*mine.py: ModuleNotFoundError"
+    ):
         start(f"reward.name={tmp_path / 'mine.py'}:score")
 
 
 @pytest.fixture
 def data(tmp_path):
     """`data(row, ...)`: the path of a JSONL file."""
+
     def data(*rows):
-        (tmp_path / "data.jsonl").write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "data.jsonl").write_text(
+            "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+        )
         return str(tmp_path / "data.jsonl")
+
     return data
 
 
@@ -51,26 +59,62 @@ def write_reward(tmp_path, body):
     return f"reward.name={tmp_path / 'mine.py'}:score"
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["data.train_file=nowhere.jsonl"], "error: nowhere.jsonl: no such data file in the current directory: run from"),
-    (["val.file=nowhere.jsonl"], "error: nowhere.jsonl: no such data file in the current directory: run from"),
-    (["model.path=nowhere"], "error: model.path: nowhere "),
-    (["model.path=owner/nowhere"], "error: model.path: .*owner/nowhere"),
-    (["model.path=toy"], "error: model.path: cannot load toy"),
-    (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
-    (["reward.name=maths"], "error: reward.name: 'maths' is neither math, math_strict_box, math_verify nor"),
-    (["reward.name=math,math_strict_box"], "error: reward.weights='1': a number for each of the 2 of reward.name is expected"),
-    (["data.max_prompt_length=2"], "error: toy/train.jsonl: none of 5000 rows is a new prompt of at most data.max_prompt_length=2 tokens"),
-    (["data.prompt_key=task"], "error: toy/train.jsonl:1: no text or list .* in 'task' .found None; columns: prompt, answer, level"),
-    (["data.train_file={mine}", "data.prompt_key=task"], "val.jsonl:1: no text .* in 'task'.*`val.file=` trains without validation"),
-    (["log_with=nothing"], "error: .*nothing"),
-    (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
-    (["data.max_response_length=500"], "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256"),
-    (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1"),
-    (["rollout.correction=token", "actor.old_logprobs=rollout"], "rollout.correction compares .* needs actor.old_logprobs=recompute"),
-    pytest.param(["rollout.backend=vllm"], "rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt",
-                 marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["data.train_file=nowhere.jsonl"],
+            "error: nowhere.jsonl: no such data file in the current directory: run from",
+        ),
+        (
+            ["val.file=nowhere.jsonl"],
+            "error: nowhere.jsonl: no such data file in the current directory: run from",
+        ),
+        (["model.path=nowhere"], "error: model.path: nowhere "),
+        (["model.path=owner/nowhere"], "error: model.path: .*owner/nowhere"),
+        (["model.path=toy"], "error: model.path: cannot load toy"),
+        (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
+        (
+            ["reward.name=maths"],
+            "error: reward.name: 'maths' is neither math, math_strict_box, math_verify nor",
+        ),
+        (
+            ["reward.name=math,math_strict_box"],
+            "error: reward.weights='1': a number for each of the 2 of reward.name is expected",
+        ),
+        (
+            ["data.max_prompt_length=2"],
+            "error: toy/train.jsonl: none of 5000 rows is a new prompt of at most data.max_prompt_length=2 tokens",
+        ),
+        (
+            ["data.prompt_key=task"],
+            "error: toy/train.jsonl:1: no text or list .* in 'task' .found None; columns: prompt, answer, level",
+        ),
+        (
+            ["data.train_file={mine}", "data.prompt_key=task"],
+            "val.jsonl:1: no text .* in 'task'.*`val.file=` trains without validation",
+        ),
+        (["log_with=nothing"], "error: .*nothing"),
+        (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
+        (
+            ["data.max_response_length=500"],
+            "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256",
+        ),
+        (
+            ["rollout.tensor_parallel_size=2"],
+            "rollout.tensor_parallel_size: only vllm has engines of several processes; set it to 1",
+        ),
+        (
+            ["rollout.correction=token", "actor.old_logprobs=rollout"],
+            "rollout.correction compares .* needs actor.old_logprobs=recompute",
+        ),
+        pytest.param(
+            ["rollout.backend=vllm"],
+            "rollout.backend: vllm is not installed: pip install -r requirements-vllm.txt",
+            marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed"),
+        ),
+    ],
+)
 def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, message):
     (tmp_path / "mine.jsonl").write_text('{"task": "a1 b+1?", "answer": "2"}\n')
     with pytest.raises(SystemExit, match=message) as error:
@@ -79,11 +123,17 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"], "data.jsonl:2: a JSON object .* is expected"),
-    ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no text or number in 'answer,"),
-    ([], "data.jsonl: none of 0 rows is"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (
+            [{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"],
+            "data.jsonl:2: a JSON object .* is expected",
+        ),
+        ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no text or number in 'answer,"),
+        ([], "data.jsonl: none of 0 rows is"),
+    ],
+)
 def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
     with pytest.raises(SystemExit, match=message):
         start(f"data.train_file={data(*rows)}")
@@ -91,11 +141,19 @@ def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
 
 
 def test_a_reward_function_that_fails_is_named_with_the_sample(start, tmp_path):
-    for body, message in [("raise KeyError('unit')", "the reward function raised KeyError: 'unit'"),
-                          ("return float('nan')", "the reward function returned score=nan")]:
-        with pytest.raises(SystemExit, match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response \(.*\): {message}"):
+    for body, message in [
+        ("raise KeyError('unit')", "the reward function raised KeyError: 'unit'"),
+        ("return float('nan')", "the reward function returned score=nan"),
+    ]:
+        with pytest.raises(
+            SystemExit,
+            match=rf"error: validation, prompt 0 \('a7 b-5 .*'\), response \(.*\): {message}",
+        ):
             start(write_reward(tmp_path, body))
-        assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/last_good_model").exists()
+        assert (
+            not (tmp_path / "run/metrics.jsonl").exists()
+            and not (tmp_path / "run/last_good_model").exists()
+        )
     start("total_training_steps=1")  # so the same directory is free once the mistake is fixed
 
 
@@ -105,15 +163,27 @@ def test_a_reward_function_that_fails_on_some_texts_does_not_end_the_run(start, 
     run_dir = start(write_reward(tmp_path, body), "total_training_steps=1")
     _, last = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
     assert last["reward/errors"] > 0 and last["groups/trained"] == 4
-    warning, = re.findall("^warning: step 1, [0-9]+ responses count as wrong.* prompt .*$", capsys.readouterr().out, re.MULTILINE)[-1:]
-    assert r"raised ValueError: \x1b[2J\n\u202e" in warning and "\x1b" not in warning and "\u202e" not in warning
+    (warning,) = re.findall(
+        "^warning: step 1, [0-9]+ responses count as wrong.* prompt .*$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )[-1:]
+    assert (
+        r"raised ValueError: \x1b[2J\n\u202e" in warning
+        and "\x1b" not in warning
+        and "\u202e" not in warning
+    )
 
 
 def test_a_risky_config_or_model_is_warned_about(start, capsys, monkeypatch):
     monkeypatch.setattr(infra_setup, "stop_token_ids", lambda policy, tokenizer: [0, 3])
     start("rollout.top_p=0.9", "total_training_steps=1", "val.file=")
     out = capsys.readouterr().out
-    assert re.search("^warning: rollout.top_p=0.9: .* distribution that was not sampled from; 1.0 is sound$", out, re.MULTILINE)
+    assert re.search(
+        "^warning: rollout.top_p=0.9: .* distribution that was not sampled from; 1.0 is sound$",
+        out,
+        re.MULTILINE,
+    )
     assert "\nwarning: 2 tokens end a response, '<eos>', '2': " in out
 
 
@@ -121,17 +191,25 @@ def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
     def interrupt_twice(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+
     monkeypatch.setattr(train_dapo, "update_policy", interrupt_twice)
-    with pytest.raises(SystemExit, match="^interrupted; the same command starts from the beginning$"):
+    with pytest.raises(
+        SystemExit, match="^interrupted; the same command starts from the beginning$"
+    ):
         start()
 
 
 def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path, monkeypatch):
     """The reward breaks for good at a certain step; metrics so far and the policy as it was are on disk."""
-    body = ("import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
-            "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)")
+    body = (
+        "import pathlib; seen = pathlib.Path(__file__).with_name('count'); n = int(seen.read_text()) if seen.exists() else 0\n"
+        "    seen.write_text(str(n + 1))\n    if n > 40: raise ValueError('enough')\n    return float(n % 2)"
+    )
     monkeypatch.setattr(infra_setup, "cpus_per_process", lambda accelerator: 1)  # it counts
-    with pytest.raises(SystemExit, match=r"step [23], prompt .*enough at mine.py:4 .and so on all [0-9]+ responses.. The policy as it was is in .*last_good_model"):
+    with pytest.raises(
+        SystemExit,
+        match=r"step [23], prompt .*enough at mine.py:4 .and so on all [0-9]+ responses.. The policy as it was is in .*last_good_model",
+    ):
         start(write_reward(tmp_path, body), "total_training_steps=3")
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) in (2, 3)
     assert (tmp_path / "run/last_good_model/model.safetensors").exists()

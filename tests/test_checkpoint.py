@@ -155,7 +155,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(start):
             start("val.file=", *overrides)
     shutil.rmtree(run_dir / "model")
     (run_dir / "metrics.jsonl").open("a").write('{"step": 2, "half a ro')
-    with pytest.raises(SystemExit, match="another config .actor.lr: 0.0002 -> 0.5.: undo that; "
+    with pytest.raises(SystemExit, match="another config .actor.lr: 0.0001 -> 0.5.: undo that; "
                                          "name another, for instance run_dir=[^ ]*run-2$"):
         start("val.file=", "save_every=5", "actor.lr=0.5")
     assert [row["step"] for row in metrics(start("save_every=5", "val.file="))] == [1, 2]
@@ -320,7 +320,7 @@ def test_a_step_that_was_skipped_counts_after_a_resume(start):
     run_dir = start(*overrides, "total_training_steps=1")
     with pytest.raises(SystemExit, match="3 steps in a row were skipped"):
         start(*overrides, "total_training_steps=9")
-    assert [row["step"] for row in metrics(run_dir)] == [1, 2]
+    assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]  # the last one is logged too
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_a_second_run_on_the_same_directory_is_refused(start, tmp_path):
 
 def test_another_config_is_refused_with_the_list_of_what_differs(start, saved):
     before = (saved / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit, match=r"step_00002 has another config \(actor.lr: 0.0002 -> "
+    with pytest.raises(SystemExit, match=r"step_00002 has another config \(actor.lr: 0.0001 -> "
                        r"0.1, rollout.n: 4 -> 8\): undo that; name another, for instance run_dir="
                        r".*run-2; or branch off: resume=.*step_00002 run_dir=.*run-2"):
         start(*SAVED, "total_training_steps=3", "actor.lr=0.1", "rollout.n=8")
@@ -409,7 +409,7 @@ def test_a_branch_may_change_any_key_and_says_which(start, origin, capsys):
     changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8",
                "data.prompt_template={prompt} "]
     run_dir = start(*SAVED, f"resume={origin}", *changed)
-    lines = ["actor.lr: 0.0002 -> 1e-05", "actor.weight_decay: 0.1 -> 0.0",
+    lines = ["actor.lr: 0.0001 -> 1e-05", "actor.weight_decay: 0.1 -> 0.0",
              "data.prompt_template: {prompt} -> {prompt} ", "rollout.n: 4 -> 8"]
     assert f"branching off {origin}: {', '.join(lines)}" in capsys.readouterr().out
     branch = json.loads((run_dir / "branch.json").read_text())
@@ -456,7 +456,7 @@ def test_a_branch_resumes_with_the_same_command_or_auto_and_without_its_origin(s
     start(*named, "save_every=1", "total_training_steps=3")
     shutil.rmtree(origin.parent.parent)
     start(*named, "save_every=1", "total_training_steps=4")
-    with pytest.raises(SystemExit, match="another config .actor.lr: 1e-05 -> 0.0002."):
+    with pytest.raises(SystemExit, match="another config .actor.lr: 1e-05 -> 0.0001."):
         start(*SAVED, "total_training_steps=5")
     start(*SAVED, "total_training_steps=5", "actor.lr=1e-5")
     start(*named, "save_every=1", "total_training_steps=6")

@@ -267,7 +267,7 @@ def test_two_hosts_with_disks_of_their_own_do_what_one_process_does_and_resume(
     assert_alike(one_process, np.load(tmp_path / "out.npz"))
     for output in outputs:  # each host has its own
         assert "step_00003" in output and "branch.json" in output
-    assert "resuming from" in outputs[0] and "actor.lr: 0.0002 -> 1e-05" in outputs[0]
+    assert "resuming from" in outputs[0] and "actor.lr: 0.0001 -> 1e-05" in outputs[0]
     hosts = (tmp_path / "run").rename(tmp_path / "hosts")
     one = start(*common, "total_training_steps=3")
     for a, b in zip(read(one)[1:], read(hosts)[-3:], strict=True):

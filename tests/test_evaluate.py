@@ -33,18 +33,31 @@ def evaluation_of(*scores: list[Score], rows: tuple = (), level_key: str = "") -
 
 # ---- metrics ----
 
+
 def test_metrics_are_those_worked_out_by_hand():
-    scores = [[RIGHT, RIGHT, WRONG, WRONG, WRONG], [WRONG] * 5]  # 2 of 10; one prompt of two; neither
+    scores = [
+        [RIGHT, RIGHT, WRONG, WRONG, WRONG],
+        [WRONG] * 5,
+    ]  # 2 of 10; one prompt of two; neither
     responses = [[response(tokens) for tokens in (1, 2, 3, 4, 5)], [response(10)] * 5]
     metrics = evaluate.evaluate(prompts({}, {}), responses, scores).metrics
-    assert metrics == {"avg@5": pytest.approx(0.2), "pass@5": 0.5, "maj@5": 0.0, "response_length": 6.5}
+    assert metrics == {
+        "avg@5": pytest.approx(0.2),
+        "pass@5": 0.5,
+        "maj@5": 0.0,
+        "response_length": 6.5,
+    }
     assert evaluation_of([RIGHT, WRONG, RIGHT], [WRONG] * 3).metrics["maj@3"] == 0.5
 
 
 def test_the_first_of_equally_frequent_answers_wins_and_no_answer_is_no_vote():
     silent = Score(0.0, -1.0)
-    for scores, majority in [([RIGHT, WRONG, WRONG, RIGHT], 1), ([WRONG, RIGHT], 0),
-                             ([silent, silent, silent, RIGHT], 1), ([silent, silent], 0)]:
+    for scores, majority in [
+        ([RIGHT, WRONG, WRONG, RIGHT], 1),
+        ([WRONG, RIGHT], 0),
+        ([silent, silent, silent, RIGHT], 1),
+        ([silent, silent], 0),
+    ]:
         assert prompt_metrics(scores, True, has_answers=True)[f"maj@{len(scores)}"] == majority
 
 
@@ -53,7 +66,10 @@ def test_a_reward_function_that_parses_no_answer_has_no_majority():
 
 
 def test_a_reward_without_an_accuracy_has_mean_and_best_score_instead():
-    scores = [[Score(None, 0.5, "a"), Score(None, 1.5, "b")], [Score(None, -1.0), Score(None, -3.0)]]
+    scores = [
+        [Score(None, 0.5, "a"), Score(None, 1.5, "b")],
+        [Score(None, -1.0), Score(None, -3.0)],
+    ]
     evaluation = evaluation_of(*scores)
     assert evaluation.metrics == {"score@2": -0.5, "best@2": 0.25, "response_length": 1}
     table = format_tables({"val": {"before": evaluation}})
@@ -76,7 +92,9 @@ def test_values_that_a_reward_function_adds_become_metrics_but_no_columns_of_the
 
 def test_levels_have_metrics_of_their_own_in_order():
     rows = ({"level": 10}, {"level": 9}, {"level": 9}, {}, {"level": "hard"})
-    evaluation = evaluation_of([RIGHT], [RIGHT], [WRONG], [WRONG], [WRONG], rows=rows, level_key="level")
+    evaluation = evaluation_of(
+        [RIGHT], [RIGHT], [WRONG], [WRONG], [WRONG], rows=rows, level_key="level"
+    )
     assert list(evaluation.by_level) == ["level 9", "level 10", "level hard"]
     assert [metrics["avg@1"] for metrics in evaluation.by_level.values()] == [0.5, 1, 0]
     assert evaluation.metrics["avg@1"] == 0.4  # a prompt without a level counts in the whole
@@ -84,15 +102,24 @@ def test_levels_have_metrics_of_their_own_in_order():
 
 # ---- tables ----
 
+
 def test_a_table_has_a_row_for_each_level_and_a_block_for_each_evaluation():
-    before = Evaluation({"avg@32": 0.25, "response_length": 15.24, "reward/x": 1},
-                        {"level 2": {"avg@32": 0.5, "response_length": 9}}, "1+1?", "2", [])
+    before = Evaluation(
+        {"avg@32": 0.25, "response_length": 15.24, "reward/x": 1},
+        {"level 2": {"avg@32": 0.5, "response_length": 9}},
+        "1+1?",
+        "2",
+        [],
+    )
     after = Evaluation({"avg@32": 0.75, "response_length": 30}, {}, "1+1?", "2", [])
     lines = format_tables({"val": {"before": before, "after": after}}).splitlines()
     assert [line.split() for line in lines] == [
-        ["val"], ["before", "after"], ["avg@32", "length", "avg@32", "length"],
+        ["val"],
+        ["before", "after"],
+        ["avg@32", "length", "avg@32", "length"],
         ["level", "2", "0.500", "9.000", "0.750", "30.000"],
-        ["all", "0.250", "15.240", "0.750", "30.000"]]
+        ["all", "0.250", "15.240", "0.750", "30.000"],
+    ]
 
 
 def test_each_set_has_a_table_under_its_name_without_control_characters():
@@ -103,16 +130,24 @@ def test_each_set_has_a_table_under_its_name_without_control_characters():
 
 # ---- sampling ----
 
-def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_each_time(monkeypatch):
+
+def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_each_time(
+    monkeypatch,
+):
     calls = []
 
     def generate(state, prompts, positions, purpose, params):
         calls.append((list(positions), purpose, params))
         return [[response()] for _ in prompts]
+
     monkeypatch.setattr(evaluate, "generate", generate)
-    monkeypatch.setattr(evaluate, "score_responses", lambda state, prompts, responses: [[RIGHT]] * len(prompts))
-    config = SimpleNamespace(val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key=""),
-                             data=SimpleNamespace(max_response_length=96))
+    monkeypatch.setattr(
+        evaluate, "score_responses", lambda state, prompts, responses: [[RIGHT]] * len(prompts)
+    )
+    config = SimpleNamespace(
+        val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key=""),
+        data=SimpleNamespace(max_response_length=96),
+    )
     state = SimpleNamespace(config=config)
     first, second = (evaluate.validate(state, prompts({}, {}, {})) for _ in range(2))
     assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7))] * 2
@@ -121,32 +156,50 @@ def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_ea
 
 # ---- the script ----
 
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
     """`run_script(*overrides, is_main=True)`: the script with a policy that always says `Answer: 8`."""
+
     def run_script(*overrides: str, is_main: bool = True) -> SimpleNamespace:
         def setup(config, training):
             assert not training
             accelerator = SimpleNamespace(is_main_process=is_main)
             engine = SimpleNamespace(close=lambda: closed.append(True))
             seen.run_dir = config.run_dir
-            return (SimpleNamespace(config=config, accelerator=accelerator, engine=engine),
-                    Data([], {"easy": prompts({}, {}), "hard": prompts({})}))
+            return (
+                SimpleNamespace(config=config, accelerator=accelerator, engine=engine),
+                Data([], {"easy": prompts({}, {}), "hard": prompts({})}),
+            )
+
         closed, seen = [], SimpleNamespace()
         monkeypatch.setattr(evaluate, "setup", setup)
         monkeypatch.setattr(evaluate, "sync_weights", lambda state: None)
         monkeypatch.setattr(evaluate, "raise_on_all_ranks", lambda *_: nullcontext())
-        monkeypatch.setattr(evaluate, "generate", lambda state, prompts, *_: [
-            [response(3, "\x1b[2J\ud800\x9b é\nAnswer: 8"), response(4, "Answer: 3")] for _ in prompts])
-        monkeypatch.setattr(evaluate, "score_responses",
-                            lambda state, prompts, responses: [[RIGHT, WRONG]] * len(prompts))
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "config.yaml",
-                                          f"run_dir={tmp_path / 'run'}", *overrides])
+        monkeypatch.setattr(
+            evaluate,
+            "generate",
+            lambda state, prompts, *_: [
+                [response(3, "\x1b[2J\ud800\x9b é\nAnswer: 8"), response(4, "Answer: 3")]
+                for _ in prompts
+            ],
+        )
+        monkeypatch.setattr(
+            evaluate,
+            "score_responses",
+            lambda state, prompts, responses: [[RIGHT, WRONG]] * len(prompts),
+        )
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["evaluate.py", "--config", "config.yaml", f"run_dir={tmp_path / 'run'}", *overrides],
+        )
         try:
             evaluate.main()
         finally:
             assert closed
         return seen
+
     return run_script
 
 
@@ -162,15 +215,34 @@ def test_the_script_saves_metrics_settings_and_every_response(run_script, tmp_pa
     out = capsys.readouterr().out
     assert f"wrote {directory}/metrics.json and responses.jsonl" in out and "owner/model" in out
     result = json.loads(metrics_file.read_text())
-    assert result["sets"]["hard"]["metrics"]["avg@2"] == 0.5 and "by_level" in result["sets"]["easy"]
-    settings = {"model.path": "owner/model", "val.temperature": 0.25, "val.file": "toy/val.jsonl",
-                "reward.name": "math", "run_dir": str(tmp_path / "run")}
+    assert (
+        result["sets"]["hard"]["metrics"]["avg@2"] == 0.5 and "by_level" in result["sets"]["easy"]
+    )
+    settings = {
+        "model.path": "owner/model",
+        "val.temperature": 0.25,
+        "val.file": "toy/val.jsonl",
+        "reward.name": "math",
+        "run_dir": str(tmp_path / "run"),
+    }
     assert settings.items() <= result["config"].items()
     records = [json.loads(line) for line in responses_file.read_text().splitlines()]
     assert [record["set"] for record in records] == ["easy"] * 4 + ["hard"] * 2
-    assert records[1].items() >= {
-        "id": 0, "prompt": "prompt 0", "answer": "8", "response": "Answer: 3", "pred": "3", "acc": 0.0,
-        "score": -1.0, "status": "ok", "tokens": 4, "finish_reason": "stop"}.items()
+    assert (
+        records[1].items()
+        >= {
+            "id": 0,
+            "prompt": "prompt 0",
+            "answer": "8",
+            "response": "Answer: 3",
+            "pred": "3",
+            "acc": 0.0,
+            "score": -1.0,
+            "status": "ok",
+            "tokens": 4,
+            "finish_reason": "stop",
+        }.items()
+    )
     assert records[0]["response"] == "\x1b[2J\ud800\x9b é\nAnswer: 8"
 
 
@@ -209,12 +281,24 @@ def test_without_validation_data_the_script_says_what_to_set(monkeypatch):
 
 def test_evaluate_evaluates_a_model_by_itself(tmp_path, capsys, monkeypatch):
     """The embedded model on embedded prompts, with nothing replaced."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "config.yaml", f"run_dir={tmp_path / 'run'}",
-                                      "val.max_prompts=5", "val.n=2"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate.py",
+            "--config",
+            "config.yaml",
+            f"run_dir={tmp_path / 'run'}",
+            "val.max_prompts=5",
+            "val.n=2",
+        ],
+    )
     evaluate.main()
     assert "avg@2" in capsys.readouterr().out
     metrics_file, responses_file = saved(tmp_path)
     records = [json.loads(line) for line in responses_file.read_text().splitlines()]
     accuracy = sum(record["acc"] for record in records) / len(records)
     assert len(records) == 10
-    assert json.loads(metrics_file.read_text())["sets"]["val"]["metrics"]["avg@2"] == pytest.approx(accuracy)
+    assert json.loads(metrics_file.read_text())["sets"]["val"]["metrics"]["avg@2"] == pytest.approx(
+        accuracy
+    )

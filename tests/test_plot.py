@@ -12,11 +12,13 @@ import plot
 @pytest.fixture
 def make_run_dir(tmp_path):
     """`make_run_dir("a", rows)`: a run's directory with these rows in metrics.jsonl."""
+
     def make_run_dir(name: str, rows: list[dict]) -> str:
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(text)
         return str(tmp_path / name)
+
     return make_run_dir
 
 
@@ -33,6 +35,7 @@ def draw(tmp_path, monkeypatch):
         figure, path = figures[-1]
         assert path == out
         return {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+
     return draw
 
 
@@ -44,9 +47,11 @@ def legend(axis) -> list[str]:
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
-TWO_SETS = [{"step": 0, "val/easy/avg@4": 0.5, "val/hard/avg@4": 0.1},
-            {"step": 1, "actor/entropy": 0.9},
-            {"step": 2, "actor/entropy": 0.8, "val/easy/avg@4": 0.7, "val/hard/avg@4": 0.2}]
+TWO_SETS = [
+    {"step": 0, "val/easy/avg@4": 0.5, "val/hard/avg@4": 0.1},
+    {"step": 1, "actor/entropy": 0.9},
+    {"step": 2, "actor/entropy": 0.8, "val/easy/avg@4": 0.7, "val/hard/avg@4": 0.2},
+]
 
 
 def test_each_validation_set_is_a_line_of_its_own_with_a_legend_entry(make_run_dir, draw):
@@ -62,15 +67,31 @@ def test_several_runs_differ_by_colour_and_their_metrics_by_style(make_run_dir, 
     assert [line.get_color() for line in lines] == ["C0", "C0", "C1", "C1"]
     styles = [line.get_linestyle() for line in lines]
     assert styles[:2] == styles[2:] and styles[0] != styles[1]
-    assert legend(draw(*runs)["validation"]) == ["val/easy/avg@4", "val/hard/avg@4"]  # once, not for each run
+    assert legend(draw(*runs)["validation"]) == [
+        "val/easy/avg@4",
+        "val/hard/avg@4",
+    ]  # once, not for each run
 
 
 def test_the_default_panels_show_the_curves_of_the_paper(make_run_dir, draw):
     """And the score, if the reward function states no accuracy."""
-    names = ["val/x/avg@4", "val/x/maj@4", "val/x/score@4", "acc/before_filter", "acc/after_filter",
-             "reward/mean", "response_length/mean", "groups/kept", "groups/all_correct",
-             "groups/all_wrong", "actor/entropy", "actor/token_prob", "actor/clip_frac_high",
-             "actor/clip_frac_low", "actor/grad_norm"]
+    names = [
+        "val/x/avg@4",
+        "val/x/maj@4",
+        "val/x/score@4",
+        "acc/before_filter",
+        "acc/after_filter",
+        "reward/mean",
+        "response_length/mean",
+        "groups/kept",
+        "groups/all_correct",
+        "groups/all_wrong",
+        "actor/entropy",
+        "actor/token_prob",
+        "actor/clip_frac_high",
+        "actor/clip_frac_low",
+        "actor/grad_norm",
+    ]
     row = {"step": 1, **{name: float(i) for i, name in enumerate(names)}}
     panels = draw(make_run_dir("a", [row]))
     drawn = [value for axis in panels.values() for _, (value,) in curves(axis)]
@@ -78,7 +99,10 @@ def test_the_default_panels_show_the_curves_of_the_paper(make_run_dir, draw):
 
 
 def test_metrics_that_a_run_lacks_are_not_drawn(make_run_dir, draw):
-    full, old = make_run_dir("full", TWO_SETS), make_run_dir("old", [{"step": 1, "reward/mean": 1.0}])
+    full, old = (
+        make_run_dir("full", TWO_SETS),
+        make_run_dir("old", [{"step": 1, "reward/mean": 1.0}]),
+    )
     panels = draw(full, old)
     assert curves(panels["reward"]) == [([], []), ([1], [1.0])]
     assert curves(panels["gradient norm"]) == []
@@ -98,13 +122,17 @@ def test_an_unknown_metric_is_one_line_with_the_nearest_names(make_run_dir, draw
     with pytest.raises(SystemExit) as error:
         draw(run, "--metrics", "actor/entropy", "entropie")
     message = str(error.value)
-    assert message.startswith(f"error: --metrics 'entropie' matches no metric of {run}; nearest: actor/entropy")
+    assert message.startswith(
+        f"error: --metrics 'entropie' matches no metric of {run}; nearest: actor/entropy"
+    )
     assert "\n" not in message
     with pytest.raises(SystemExit, match="nearest: none was recorded"):
         draw(make_run_dir("empty", []), "--metrics", "reward/mean")
 
 
-def test_a_directory_that_is_no_run_and_a_broken_line_are_named_and_a_half_written_last_line_is_left_out(make_run_dir, draw, tmp_path):
+def test_a_directory_that_is_no_run_and_a_broken_line_are_named_and_a_half_written_last_line_is_left_out(
+    make_run_dir, draw, tmp_path
+):
     with pytest.raises(SystemExit, match="error: .*No such file.*nothing/metrics.jsonl"):
         draw(str(tmp_path / "nothing"))
     run = make_run_dir("a", TWO_SETS)

@@ -16,7 +16,7 @@ from infra.reward_pool import make_scorer
 from reward import Score, Task
 
 ROOT = Path(__file__).parent.parent
-REWARD = '''
+REWARD = """
 import os, re, subprocess, sys, time
 def score(response, ground_truth, **row):
     print("not a score")
@@ -43,14 +43,21 @@ def score(response, ground_truth, **row):
     if response == "torch":
         return "torch" in sys.modules
     return float(response == ground_truth) + row.get("bonus", 0)
-'''
+"""
 FAILED = {
     "hang": Score(0.0, -1.0, status="timeout", message="the reward function took more than 1 s"),
     "die": Score(0.0, -1.0, status="error", message="the reward function's process died (3)"),
-    "eat": Score(0.0, -1.0, status="error", message="the reward function raised MemoryError:  at "
-                 "mine.py:10 (it has 8 GiB of address space)"),
-    "fail": Score(0.0, -1.0, status="error",
-                  message="the reward function raised KeyError: 'x' at mine.py:18")}
+    "eat": Score(
+        0.0,
+        -1.0,
+        status="error",
+        message="the reward function raised MemoryError:  at "
+        "mine.py:10 (it has 8 GiB of address space)",
+    ),
+    "fail": Score(
+        0.0, -1.0, status="error", message="the reward function raised KeyError: 'x' at mine.py:18"
+    ),
+}
 
 
 @pytest.fixture
@@ -109,6 +116,7 @@ def assert_end(pids):
 
 # ---- scores ----
 
+
 def test_scores_come_in_the_tasks_order(name):
     tasks = [task(str(i % 3), "1", bonus=i) for i in range(30)]
     expected = [right(i + (i % 3 == 1), i + 1) for i in range(30)]
@@ -119,20 +127,26 @@ def test_a_group_reward_gets_a_whole_prompt_in_one_call(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\ndef score(responses, ground_truth, response_length):\n"
         "    time.sleep(100 * ('hang' in responses))\n"
-        "    return [len(responses) + length / 10 for length in response_length]\n")
+        "    return [len(responses) + length / 10 for length in response_length]\n"
+    )
     scorer = make(f"{tmp_path}/mine.py:score", 2, 1.0)
     assert scorer([task("a", "bb"), task("c", "hang", "d"), task("e")]) == [
-        right(2.1, 2.2), [FAILED["hang"]] * 3, right(1.1)]
+        right(2.1, 2.2),
+        [FAILED["hang"]] * 3,
+        right(1.1),
+    ]
 
 
 def test_several_reward_functions_are_summed(name):
     scorer = make_scorer(["math", name], [1.0, 0.5], 1, 1.0, [{"bonus": 4}])
     ((good, bad, hung, failed),) = scorer(
-        [task("Answer: 6", "Answer: 7", "hang", "fail", ground_truth="6", bonus=4)])
+        [task("Answer: 6", "Answer: 7", "hang", "fail", ground_truth="6", bonus=4)]
+    )
     assert good == Score(1.0, 3.0, "6", {"math/score": 1.0, "score/score": 4.0})
     assert bad == Score(0.0, 1.0, "7", {"math/score": -1.0, "score/score": 4.0})
-    assert hung == Score(0.0, -1.5, status="timeout",
-                         message="score: the reward function took more than 1 s")
+    assert hung == Score(
+        0.0, -1.5, status="timeout", message="score: the reward function took more than 1 s"
+    )
     assert (failed.status, failed.score) == ("error", -1.5)
     with pytest.raises(ValueError, match="reward.name: math, math has one of them twice"):
         make_scorer(["math", "math"], [1.0, 1.0], 1, 5.0, [{}])
@@ -147,7 +161,8 @@ def test_two_of_one_name_are_told_apart_by_their_files(tmp_path):
     names = [f"{tmp_path}/{letter}.py:score" for letter in "ab"]
     for letter, name in zip("ab", names, strict=True):
         Path(name.partition(":")[0]).write_text(
-            f"def score(response, ground_truth):\n    return {ord(letter)}\n")
+            f"def score(response, ground_truth):\n    return {ord(letter)}\n"
+        )
     ((score,),) = make_scorer(names, [1.0, 1.0], 1, 5.0, [{}])([task("")])
     assert score.extra == {f"{names[0]}/score": 97.0, f"{names[1]}/score": 98.0}
     assert score.score == 195.0
@@ -158,9 +173,17 @@ def test_math_verify_compares_each_distinct_answer_of_a_prompt_once():
     scorer = make("math_verify", 1, 1.0)
     hangs = "Answer: $9^{9^{9^{9}}} \\pi$"
     start = time.perf_counter()
-    first, second = scorer([
-        task("so\nAnswer: $5\\pi$", *[f"{n}\n{hangs}" for n in range(6)], "\\boxed{$5\\pi$}",
-             ground_truth="5\\pi"), task("Answer: $6\\pi$", ground_truth="\\pi \\cdot 6")])
+    first, second = scorer(
+        [
+            task(
+                "so\nAnswer: $5\\pi$",
+                *[f"{n}\n{hangs}" for n in range(6)],
+                "\\boxed{$5\\pi$}",
+                ground_truth="5\\pi",
+            ),
+            task("Answer: $6\\pi$", ground_truth="\\pi \\cdot 6"),
+        ]
+    )
     assert time.perf_counter() - start < 3
     assert [score.status for score in first] == ["ok", *["timeout"] * 6, "ok"]
     assert (first[0].acc, first[7].acc, second[0].acc) == (1, 1, 1)
@@ -170,10 +193,17 @@ def test_math_verify_compares_each_distinct_answer_of_a_prompt_once():
 def test_with_math_verify_two_hanging_responses_of_512_cost_their_limit_and_no_other_score():
     tasks = []
     for n in range(2, 34):
-        answers = [rf"{n}\pi"] * 6 + [rf"\pi \cdot {n}"] * 2 + [rf"{n + 1}\pi"] * 3 + [
-            str(n)] * 2 + [rf"\frac{{{n}\pi}}{{2}}"] * 2 + [r"\pi"]
-        tasks.append(task(*(f"so it is.\nAnswer: ${answer}$" for answer in answers),
-                          ground_truth=rf"{n}\pi"))
+        answers = (
+            [rf"{n}\pi"] * 6
+            + [rf"\pi \cdot {n}"] * 2
+            + [rf"{n + 1}\pi"] * 3
+            + [str(n)] * 2
+            + [rf"\frac{{{n}\pi}}{{2}}"] * 2
+            + [r"\pi"]
+        )
+        tasks.append(
+            task(*(f"so it is.\nAnswer: ${answer}$" for answer in answers), ground_truth=rf"{n}\pi")
+        )
     for at in (5, 340):
         tasks[at // 16].responses[at % 16] = "Answer: $9^{9^{9^{9}}} \\pi$"
     scorer = make("math_verify", 2, 5.0)
@@ -185,6 +215,7 @@ def test_with_math_verify_two_hanging_responses_of_512_cost_their_limit_and_no_o
 
 
 # ---- limits ----
+
 
 def test_scoring_is_parallel_in_processes(name):
     scorer = make(name, 4)
@@ -207,7 +238,8 @@ def test_what_hangs_dies_eats_memory_or_fails_is_wrong_and_the_rest_is_scored(na
     start = time.perf_counter()
     responses = [what if i % 50 == 10 else "1" for i in range(200)]
     assert scorer([task(*responses)]) == [
-        [FAILED[what] if response == what else Score(None, 1.0) for response in responses]]
+        [FAILED[what] if response == what else Score(None, 1.0) for response in responses]
+    ]
     assert time.perf_counter() - start < 4 * 1.0 / 2 + 3
     assert scorer([task("1")]) == [right(1)]
     pool = set(descendants(os.getpid())) - before
@@ -216,8 +248,7 @@ def test_what_hangs_dies_eats_memory_or_fails_is_wrong_and_the_rest_is_scored(na
 
 def test_what_a_reward_reads_or_leaves_running_does_not_disturb_the_next(name):
     scorer = make(name, 1, 1.0)
-    assert scorer([task("cat", "1", "fork", "1")]) == [
-        [*right(0, 1), FAILED["hang"], *right(1)]]
+    assert scorer([task("cat", "1", "fork", "1")]) == [[*right(0, 1), FAILED["hang"], *right(1)]]
 
 
 def test_a_worker_that_died_meanwhile_costs_no_response_its_score(name):
@@ -228,27 +259,38 @@ def test_a_worker_that_died_meanwhile_costs_no_response_its_score(name):
     assert scorer([task("1")]) == [right(1)]
 
 
-@pytest.mark.parametrize("body, expected", [
-    ("if os.fork() == 0: response = 'child'\n    return float(len(response))", [1.0, 2.0, 3.0]),
-    ("sys.exit('\\x1b[31mred')", "the reward function ended with SystemExit"),
-    ("return 10 ** 400", "the reward function returned 1000"),
-    ("raise KeyError('x' * 9999)", "the reward function raised KeyError")])
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        ("if os.fork() == 0: response = 'child'\n    return float(len(response))", [1.0, 2.0, 3.0]),
+        ("sys.exit('\\x1b[31mred')", "the reward function ended with SystemExit"),
+        ("return 10 ** 400", "the reward function returned 1000"),
+        ("raise KeyError('x' * 9999)", "the reward function raised KeyError"),
+    ],
+)
 def test_odd_rewards_get_or_cost_no_other_score(tmp_path, body, expected):
     """One that forks, and so would answer twice; one that ends its process; no finite number."""
     (tmp_path / "mine.py").write_text(
-        f"import os, sys\ndef score(response, ground_truth):\n    {body}\n")
+        f"import os, sys\ndef score(response, ground_truth):\n    {body}\n"
+    )
     (scores,) = make(f"{tmp_path}/mine.py:score")([task("a", "aa", "aaa")])
     if isinstance(expected, list):
         assert scores == right(*expected)
     else:
-        assert all(score.status == "error" and score.message.startswith(expected)
-                   and len(score.message) < 500 for score in scores)
+        assert all(
+            score.status == "error"
+            and score.message.startswith(expected)
+            and len(score.message) < 500
+            for score in scores
+        )
 
 
 # ---- what the processes are ----
 
+
 def test_a_worker_imports_no_torch_and_sees_no_ctrl_c(name):
     import torch  # noqa: F401  (the trainer has)
+
     ((score, session),) = make(name)([task("torch", "session")])
     assert score.score == 0 and session.score != os.getsid(0)
 
@@ -262,6 +304,7 @@ def test_what_a_reward_prints_goes_to_stderr(name, capfd):
 def test_scoring_works_while_other_threads_hold_locks(name):
     """A copy of the trainer itself could find a lock taken by a thread that it does not have."""
     import logging
+
     with logging._lock:
         done = []
         thread = threading.Thread(target=lambda: done.append(make(name)([task("1")])))
@@ -276,7 +319,8 @@ def test_the_trainers_script_runs_once_even_without_a_main_guard(name, tmp_path)
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nprint('main', flush=True)\n"
         "from infra.reward_pool import make_scorer\nfrom reward import Task\n"
         f"scorer = make_scorer([{name!r}], [1.0], 2, 5.0, [{{}}])\n"
-        "print(scorer([Task(['1'], [1], '1', {})])[0][0].score)\n")
+        "print(scorer([Task(['1'], [1], '1', {})])[0][0].score)\n"
+    )
     printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert printed.stdout.split() == ["main", "1.0"]
 
@@ -293,17 +337,22 @@ def test_a_scorer_that_is_no_longer_used_leaves_no_process(name):
 
 # ---- the end of the trainer ----
 
+
 @pytest.mark.parametrize("how", ["exit", "killed"])
 def test_what_a_reward_leaves_running_ends_with_the_trainer(tmp_path, how):
     (tmp_path / "mine.py").write_text(
         "import subprocess\ndef score(response, ground_truth):\n"
-        "    return subprocess.Popen(['sleep', '97']).pid\n")
-    code = ("from infra.reward_pool import make_scorer; from reward import Task; import time\n"
-            f"scorer = make_scorer(['{tmp_path}/mine.py:score'], [1.0], 1, 10.0, [{{}}])\n"
-            "print(scorer([Task(['x'], [1], '', {})])[0][0].score, flush=True)\n"
-            f"time.sleep({99 if how == 'killed' else 0})\n")
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                               cwd=ROOT)
+        "    return subprocess.Popen(['sleep', '97']).pid\n"
+    )
+    code = (
+        "from infra.reward_pool import make_scorer; from reward import Task; import time\n"
+        f"scorer = make_scorer(['{tmp_path}/mine.py:score'], [1.0], 1, 10.0, [{{}}])\n"
+        "print(scorer([Task(['x'], [1], '', {})])[0][0].score, flush=True)\n"
+        f"time.sleep({99 if how == 'killed' else 0})\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     pid = int(float(trainer.stdout.readline()))
     if how == "killed":
         assert alive(pid)
@@ -314,9 +363,11 @@ def test_what_a_reward_leaves_running_ends_with_the_trainer(tmp_path, how):
 
 def test_nothing_outlives_a_trainer_that_was_killed(name):
     """Not even a reward function that holds the interpreter's lock, nor what it has started."""
-    code = ("from infra.reward_pool import make_scorer; from reward import Task\n"
-            f"scorer = make_scorer([{name!r}], [1.0], 3, 100.0, [{{}}])\nprint(flush=True)\n"
-            "scorer([Task(['hang', 'fork', '1'], [1] * 3, '', {})])")
+    code = (
+        "from infra.reward_pool import make_scorer; from reward import Task\n"
+        f"scorer = make_scorer([{name!r}], [1.0], 3, 100.0, [{{}}])\nprint(flush=True)\n"
+        "scorer([Task(['hang', 'fork', '1'], [1] * 3, '', {})])"
+    )
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     trainer.stdout.readline()
     for _ in range(50):
@@ -330,6 +381,7 @@ def test_nothing_outlives_a_trainer_that_was_killed(name):
 
 
 # ---- what cannot start ----
+
 
 def test_one_that_does_not_load_is_an_error_at_once(tmp_path):
     (tmp_path / "mine.py").write_text("import no_such_module")
@@ -350,7 +402,8 @@ def test_one_that_takes_too_long_to_load_is_an_error(tmp_path, monkeypatch):
 def test_a_column_that_the_data_lack_is_named_before_the_first_generation(tmp_path):
     """Every example row counts: the files of a mixture may have different columns."""
     (tmp_path / "mine.py").write_text(
-        "def score(response, ground_truth, level):\n    return level\n")
+        "def score(response, ground_truth, level):\n    return level\n"
+    )
     rows = [{"level": 1, "prompt": "x"}, {"prompt": "y", "answer": "z"}]
     assert make(f"{tmp_path}/mine.py:score", rows=rows[:1])([task("", level=2)]) == [right(2)]
     message = "the data have the columns prompt, answer: missing a required argument: 'level'"
@@ -382,6 +435,7 @@ def test_a_worker_of_a_killed_slot_ends_though_it_hangs(name):
             scorer([task("hang")])
         except ValueError as error:
             errors.append(str(error))
+
     thread = threading.Thread(target=score)
     thread.start()
     for _ in range(50):

@@ -15,7 +15,11 @@ from reward import score_math
 from rollout import SamplingParams, transformers_engine
 
 ROOT = Path(__file__).parent.parent
-ROWS = [json.loads(line) for name in ("train", "val") for line in (ROOT / f"toy/{name}.jsonl").read_text().splitlines()]
+ROWS = [
+    json.loads(line)
+    for name in ("train", "val")
+    for line in (ROOT / f"toy/{name}.jsonl").read_text().splitlines()
+]
 
 
 def solve(prompt):
@@ -23,7 +27,11 @@ def solve(prompt):
     value, *steps = re.findall(r"[a-j]([-+*]?)(\d)", prompt)
     result = int(value[1])
     for op, operand in steps:
-        result = {"+": result + int(operand), "-": result - int(operand), "*": result * int(operand)}[op] % 10
+        result = {
+            "+": result + int(operand),
+            "-": result - int(operand),
+            "*": result * int(operand),
+        }[op] % 10
     return str(result)
 
 
@@ -39,14 +47,22 @@ def test_validation_problems_are_held_out():
 def test_worked_answers_are_right_step_by_step():
     rng = random.Random(0)
     for _ in range(200):
-        prompt, response = toy.make_demonstration(rng, worked_rate=1.0, error_rate=0.0, filler_rate=0.0)
+        prompt, response = toy.make_demonstration(
+            rng, worked_rate=1.0, error_rate=0.0, filler_rate=0.0
+        )
         assert score_math(response, solve(prompt)).acc == 1
-        assert all(str(eval(step[0]) % 10) == step[1] for step in re.findall(r"[a-j](\d[-+*]\d)=(\d)", response))
+        assert all(
+            str(eval(step[0]) % 10) == step[1]
+            for step in re.findall(r"[a-j](\d[-+*]\d)=(\d)", response)
+        )
 
 
 def test_the_rates_of_demonstrations_are_those_asked_for():
     rng = random.Random(0)
-    texts = [toy.make_demonstration(rng, worked_rate=0.2, error_rate=0.0, filler_rate=0.3)[1] for _ in range(4000)]
+    texts = [
+        toy.make_demonstration(rng, worked_rate=0.2, error_rate=0.0, filler_rate=0.3)[1]
+        for _ in range(4000)
+    ]
     assert sum("=" in t for t in texts) / 4000 == pytest.approx(0.2, abs=0.03)
     assert sum("." in t for t in texts) / 4000 == pytest.approx(0.3, abs=0.03)
 
@@ -60,13 +76,24 @@ def test_the_tokenizer_round_trips_and_keeps_the_answer_in_one_token(tokenizer):
 
 def measure_style(model, tokenizer, problems=200):
     """Accuracy of sampled responses, share that shows its work, accuracy of those."""
-    rows = ROWS[5000:5000 + problems]
+    rows = ROWS[5000 : 5000 + problems]
     engine = transformers_engine(model, tokenizer, nullcontext, 1024, False)
-    groups = engine.generate([tokenizer.encode(row["prompt"]) for row in rows], [(i,) for i in range(problems)],
-                             SamplingParams(n=4, max_tokens=96))
-    results = [("=" in r.text, score_math(r.text, row["answer"]).acc) for row, group in zip(rows, groups, strict=True) for r in group]
+    groups = engine.generate(
+        [tokenizer.encode(row["prompt"]) for row in rows],
+        [(i,) for i in range(problems)],
+        SamplingParams(n=4, max_tokens=96),
+    )
+    results = [
+        ("=" in r.text, score_math(r.text, row["answer"]).acc)
+        for row, group in zip(rows, groups, strict=True)
+        for r in group
+    ]
     worked = [acc for shows, acc in results if shows]
-    return sum(acc for _, acc in results) / len(results), len(worked) / len(results), sum(worked) / len(worked)
+    return (
+        sum(acc for _, acc in results) / len(results),
+        len(worked) / len(results),
+        sum(worked) / len(worked),
+    )
 
 
 def check_base(model, tokenizer):
@@ -92,7 +119,9 @@ def test_the_code_still_makes_the_committed_tokenizer(tokenizer):
 
 
 @pytest.mark.slow
-def test_the_script_still_writes_an_equally_good_base_and_the_committed_data(tokenizer, tmp_path, monkeypatch):
+def test_the_script_still_writes_an_equally_good_base_and_the_committed_data(
+    tokenizer, tmp_path, monkeypatch
+):
     quicker = partial(toy.make_base_model, min_accuracy=0.95)  # less than for the committed one
     monkeypatch.setattr(toy, "make_base_model", quicker)
     monkeypatch.setattr("sys.argv", ["make_toy.py", "--out", str(tmp_path / "new")])
