@@ -5,10 +5,10 @@ DAPO's objective (arXiv 2503.14476, equations 8 and 9), over the responses o_i t
     J = E[ 1 / sum_i |o_i| * sum_i sum_t min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) ]
     r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t),     A_i = (R_i - mean(R)) / std(R)
 
-Departures from the paper, each optional or harmless:
+Departures from the paper:
   1. std is the sample standard deviation (n - 1), and 1e-6 is added to it.
-  2. The sum over tokens runs over the whole mini-batch of an optimizer step, on all ranks
-     (`num_tokens`).
+  2. The mean over tokens is that of the whole mini-batch of an optimizer step, on all ranks
+     (`num_tokens`), as in the released code; equation 8 as printed is that of one prompt's group.
   3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms and
      `importance_weights` are for ablations; none of them is on by default.
 
@@ -28,8 +28,8 @@ class Stat(NamedTuple):
     """A statistic that a loss returns; it is logged as `actor/<name>` without further code.
 
     `values`: (B, T), or a shape that broadcasts to it. `reduce`: `mean`, `sum` or `max` over the
-    tokens of `mask` within the loss's mask (None: all of those), of all micro-batches and ranks of
-    a rollout step. A scalar with `sum` is the micro-batch's part of the sum.
+    tokens in the loss (those also in `mask`, if it is given) of the whole rollout step. A scalar
+    with `sum` is a micro-batch's part of the sum.
     """
     values: Tensor
     reduce: str = "mean"

@@ -71,7 +71,7 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, metrics: Sequence
         axis = figure.add_subplot(lines, columns, i, title=title, xlabel="step")
         draw_panel(axis, runs, match_metrics(runs, patterns))
     if len(runs) == 1:
-        figure.suptitle(*runs)
+        figure.suptitle(Path(*runs).name)
     else:
         handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
         figure.legend(handles, list(runs), loc="outside upper center", ncols=4)

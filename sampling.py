@@ -1,8 +1,9 @@
 """Dynamic sampling: which prompts are drawn, how they are scored, which groups are trained.
 
-DAPO (section 3.2, equation 11) keeps a group only if its responses differ in accuracy, since equal
-rewards give every response the advantage 0. Departures from the paper:
-  1. The filter compares any metric, not only accuracy with 0 and 1.
+DAPO (section 3.2, equation 11) drops a group if all of its responses are correct, or all wrong:
+equal rewards give every response the advantage 0. Departures from the paper:
+  1. The filter compares the values of any metric, of which accuracy is the default. Groups of equal
+     accuracy are dropped even if the overlong penalty makes their rewards differ.
   2. If `filter_groups.max_num_gen_batches` is reached before the batch is full, the step trains on
      the groups there are, is skipped, or ends the run (`filter_groups.at_limit`).
 
@@ -17,6 +18,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from infra.config import escape_control
@@ -121,7 +123,7 @@ def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequen
 
 
 def warn(state, message: str) -> None:
-    """Print a warning above the progress bar, once."""
+    """Print a warning above the progress bar, on the main process only."""
     if state.accelerator.is_main_process:
         tqdm.write(f"warning: {message}")
 
@@ -146,7 +148,7 @@ def make_groups(config: SimpleNamespace, positions: range, prompts: list[Prompt]
 
 
 def is_informative(values: Sequence[float]) -> bool:
-    """Whether the values differ by more than rounding noise: equal ones give no advantage."""
+    """Whether the values differ by more than rounding noise."""
     return max(values) - min(values) > 1e-9
 
 
@@ -176,7 +178,8 @@ def select_groups(kept: list[Group], config: SimpleNamespace) -> list[Group]:
 
 
 def count_groups(counters: dict, kept: int, generated: int, trained: int) -> None:
-    """Update the counters of a run with a step's numbers of groups."""
+    """Update a run's counters with a step's numbers of groups: moving averages in which each step
+    counts half as much as the next one, and the skipped steps in a row."""
     counters["ema_groups_kept"] = (counters["ema_groups_kept"] + kept) / 2
     counters["ema_groups_generated"] = (counters["ema_groups_generated"] + generated) / 2
     counters["consecutive_skips"] = 0 if trained else counters["consecutive_skips"] + 1
@@ -230,3 +233,38 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
     return (f"step {step} kept {len(kept)} of {len(generated)} groups after {gen_batches} "
             f"generation batches; {found}{unparsed:.0%} of responses without a parsed answer, "
             f"{truncated:.0%} truncated: {advice}")
+
+
+# ---- samples ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False)  # arrays have no single ==
+class Sample:
+    """One response to train on. `in_loss` is False if it is masked out of the loss.
+
+    `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
+    the CPU: the sampler's (`rollout_logprobs`), the trainer's before the first update of the step
+    (`old_logprobs`), the initial policy's (`ref_logprobs`).
+    """
+    prompt_ids: list[int]
+    response_ids: np.ndarray
+    advantage: float | Tensor
+    in_loss: bool = True
+    rollout_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def mini_batches(num_samples: int, size: int, epochs: int, seed: int,
+                 step: int) -> list[np.ndarray]:
+    """Indices of each mini-batch of a step: every epoch shuffles all samples and splits them.
+
+    An epoch has as few mini-batches as hold at most `size` samples; they differ by at most one.
+    """
+    batches = []
+    for epoch in range(epochs):
+        order = make_rng(seed, "mini-batches", step, epoch).permutation(num_samples)
+        batches += np.array_split(order, -(-num_samples // size))
+    return batches

@@ -4,8 +4,10 @@
 
 Comments in `train` give the line numbers of the paper's Algorithm 1. Every rank holds all responses
 of a step and trains on its share of each mini-batch, so that all ranks take the same decisions and
-divide by the same counts. Departures from the paper stand at the head of sampling.py, losses.py and
-reward.py.
+divide by the same counts. Departures from the paper (those of the equations stand at the heads of
+sampling.py, losses.py and reward.py):
+  1. A step ends with a full buffer; the paper's lines 7 and 8 begin a new step until it is full.
+  2. Line 10's iterations are `ppo_epochs` passes over shuffled mini-batches, as in its code.
 """
 
 import math
@@ -24,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from evaluate import format_tables, validation_metrics
-from infra.batching import Sample, make_batch, micro_batches, mini_batches
+from infra.batching import make_batch, micro_batches
 from infra.checkpoint import (Progress, check_run_dir, list_checkpoints, lock_run_dir,
                               resume_or_start, save_after_failure, save_results)
 from infra.config import one_line_errors, read_command_line
@@ -37,9 +39,9 @@ from infra.packing import packing_kind
 from infra.setup import TrainState, set_learning_rate, setup, sync_weights
 from losses import Stat, aggregate, group_advantages, importance_weights, kl_penalty, policy_loss
 from rollout import SamplingParams, generate
-from sampling import (Group, check_underfilled, count_groups, describe_filter, draw_prompts,
-                      generation_batch_size, keep_group, make_groups, score_responses,
-                      select_groups)
+from sampling import (Group, Sample, check_underfilled, count_groups, describe_filter,
+                      draw_prompts, generation_batch_size, keep_group, make_groups, mini_batches,
+                      score_responses, select_groups)
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> bool:
@@ -80,7 +82,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
             gen_batches += 1
         groups = select_groups(kept, config)
         count_groups(counters, len(kept), len(generated), len(groups))
-        problem = check_underfilled(state, counters, step, kept, generated, gen_batches)
+        stop_reason = check_underfilled(state, counters, step, kept, generated, gen_batches)
 
         advantages, metrics, totals = None, {}, StatTotals()
         if groups:
@@ -111,10 +113,10 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                    **timer.metrics(generated)}
         metrics |= validation_metrics(state, data.val, step, progress.evaluations)
         log_step(state, metrics, groups or generated, advantages)
-        if problem:
-            raise ValueError(problem)
+        if stop_reason:  # raised only now, so that the step is logged
+            raise ValueError(stop_reason)
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
-        if save_results(state, progress):
+        if save_results(state, progress):  # a signal asked for the end
             break
     return counters["step"] == config.total_training_steps
 
@@ -122,7 +124,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
 # ---- lines 5 and 9: rewards and advantages -------------------------------------------------------
 
 def apply_kl_penalty(state: TrainState, groups: list[Group]) -> list[Group]:
-    """The groups with kl_coef * KL(policy || reference), summed over each response, subtracted."""
+    """Subtract kl_coef * KL(policy || reference), summed over a response, from its reward."""
     algorithm = state.config.algorithm
     samples = [Sample(group.prompt.token_ids, response.token_ids, 0.0)
                for group in groups for response in group.responses]
@@ -159,7 +161,7 @@ def make_samples(config: SimpleNamespace, groups: list[Group], advantages: list)
 # ---- lines 10 and 11: the update -----------------------------------------------------------------
 
 def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> list[Sample]:
-    """The samples with old and reference log-probs, as far as a forward pass is needed for them.
+    """Fill in old and reference log-probs where they are needed.
 
     The first mini-batch is trained by the very policy that generated it: its old log-probs are its
     log-probs, and need no pass of their own unless it is trained again in a later epoch.
@@ -169,9 +171,9 @@ def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> lis
         samples = [replace(sample, old_logprobs=sample.rollout_logprobs) for sample in samples]
     else:
         first = set(batches[0].tolist()) if config.actor.ppo_epochs == 1 else set()
-        later = [i for i in range(len(samples)) if i not in first]
-        old = compute_logprobs(state, state.policy, [samples[i] for i in later]) if later else []
-        for i, logprobs in zip(later, old, strict=True):
+        needed = [i for i in range(len(samples)) if i not in first]
+        old = compute_logprobs(state, state.policy, [samples[i] for i in needed]) if needed else []
+        for i, logprobs in zip(needed, old, strict=True):
             samples[i] = replace(samples[i], old_logprobs=logprobs)
     if config.actor.use_kl_loss:
         ref = compute_logprobs(state, state.reference, samples)
@@ -227,15 +229,16 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
     actor, rollout, mask = config.actor, config.rollout, batch["mask"]
     logprobs, entropy = response_logprobs(policy, batch, rollout.temperature)  # (B, T) each
     old = logprobs.detach() if on_policy else batch["old_logprobs"]
-    sampled, weights = batch["rollout_logprobs"], None
+    rollout_logprobs, weights = batch["rollout_logprobs"], None
     if rollout.correction != "off":
-        weights = importance_weights(old, sampled, mask, rollout.correction, rollout.correction_cap)
+        weights = importance_weights(old, rollout_logprobs, mask, rollout.correction,
+                                     rollout.correction_cap)
     loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low,
                               actor.clip_ratio_high, actor.clip_ratio_c, weights)
-    importance_ratio = importance_weights(old, sampled, mask, cap=math.inf)
+    importance_ratio = importance_weights(old, rollout_logprobs, mask, cap=math.inf)
     stats |= {"entropy": Stat(entropy),
-              "mismatch_abs": Stat((old - sampled).abs()),  # between sampler and trainer
-              "mismatch_kl": Stat(kl_penalty(sampled, old, "k3")),
+              "mismatch_abs": Stat((old - rollout_logprobs).abs()),  # of sampler and trainer
+              "mismatch_kl": Stat(kl_penalty(rollout_logprobs, old, "k3")),
               "importance_ratio_max": Stat(importance_ratio, "max"),
               "importance_ratio_clip_frac": Stat(importance_ratio > rollout.correction_cap)}
     if actor.entropy_coeff:
@@ -251,7 +254,7 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
 # ---- the run -------------------------------------------------------------------------------------
 
 def main() -> None:
-    """Set up, train, report. An error saves the last good policy, a signal a checkpoint."""
+    """Set up, train, report. On an error the policy is saved, on a signal a checkpoint."""
     config = read_command_line("Train a policy with DAPO.")
     with one_line_errors():
         check_run_dir(config)

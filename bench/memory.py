@@ -20,8 +20,9 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from infra import logprobs
 import rollout
-from infra.batching import Sample, collate
+from infra.batching import collate
 from rollout import SamplingParams
+from sampling import Sample
 
 ON_GPU, EXACT, LOOSE = torch.cuda.is_available(), (0.9, 1.1), (0.8, 1.25)
 SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16,

@@ -18,8 +18,8 @@ from harness import make_state
 from update_vs_bare import bare, ours, packed
 from vllm_gpu import make_model
 
-from infra.batching import Sample
 from infra.logprobs import compute_logprobs
+from sampling import Sample
 
 PROMPT_TOKENS, MICRO = 128, 8192
 CASES = {"tiny": (16, "float32"), "0.5B": (128, "float32"), "1.5B": (64, "bfloat16")}

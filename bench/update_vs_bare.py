@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from harness import make_state
 
-from infra.batching import make_batch, micro_batches, mini_batches
+from infra.batching import make_batch, micro_batches
 from infra.metrics import StatTotals, actor_metrics
 from rollout import SamplingParams, generate
-from sampling import draw_prompts, make_groups, score_responses
+from sampling import draw_prompts, make_groups, mini_batches, score_responses
 from train_dapo import compute_advantages, make_samples, update_policy
 
 GOAL = 0.85

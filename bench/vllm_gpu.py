@@ -52,11 +52,11 @@ def seconds(function) -> float:
 def measure(folder: str, backend: str, tokens: int) -> dict:
     """Start, first and later syncs, tokens a second, sleep and wake-up, and how far the log-probs
     are apart."""
-    from infra.batching import Sample
     from infra.config import load_config
     from infra.logprobs import compute_logprobs
     from infra.setup import setup, sync_weights
     from rollout import SamplingParams
+    from sampling import Sample
     config = load_config("config.yaml", [
         f"model.path={folder}", "model.dtype=bfloat16", "mixed_precision=bf16", "val.file=",
         f"rollout.backend={backend}",

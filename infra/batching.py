@@ -1,6 +1,6 @@
-"""From responses to tensors: samples, mini-batches, micro-batches of equal work, collation."""
+"""From samples to tensors: micro-batches of equal work, and their collation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heapreplace
 
 import numpy as np
@@ -9,41 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from infra.packing import packing_kind, packing_kwargs
-from infra.rng import make_rng
 from infra.setup import TrainState
-
-
-@dataclass(frozen=True, eq=False)  # arrays have no single ==
-class Sample:
-    """One response to train on. `in_loss` is False if it is masked out of the loss.
-
-    `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
-    the CPU: the sampler's (`rollout_logprobs`), the trainer's before the first update of the step
-    (`old_logprobs`), the initial policy's (`ref_logprobs`).
-    """
-    prompt_ids: list[int]
-    response_ids: np.ndarray
-    advantage: float | Tensor
-    in_loss: bool = True
-    rollout_logprobs: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-def mini_batches(num_samples: int, size: int, epochs: int, seed: int,
-                 step: int) -> list[np.ndarray]:
-    """Indices of each mini-batch of a step: every epoch shuffles all samples and splits them.
-
-    An epoch has as few mini-batches as hold at most `size` samples; they differ by at most one.
-    """
-    batches = []
-    for epoch in range(epochs):
-        order = make_rng(seed, "mini-batches", step, epoch).permutation(num_samples)
-        batches += np.array_split(order, -(-num_samples // size))
-    return batches
+from sampling import Sample
 
 
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from infra.batching import Sample, collate, micro_batches, mini_batches
+from infra.batching import collate, micro_batches
+from sampling import Sample, mini_batches
 
 
 def sample(prompt: int, response: int, **fields) -> Sample:

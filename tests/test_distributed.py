@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from worker import MODES
 
 import infra.distributed
-from infra.batching import Sample, make_batch, micro_batches
+from infra.batching import make_batch, micro_batches
 from infra.distributed import map_over_ranks, raise_on_all_ranks
 from rollout import Response, deserialize, serialize
+from sampling import Sample
 from train_dapo import compute_loss
 
 ROOT = Path(__file__).parent.parent

@@ -12,10 +12,11 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GraniteConfig, Lla
                           MistralConfig, PhiConfig, Qwen2Config)
 
 from infra import logprobs as logprobs_module
-from infra.batching import Sample, collate
+from infra.batching import collate
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, fused_linear_logprobs,
                             response_logprobs, token_logprobs)
 from infra.packing import enable_packing, packing_kind
+from sampling import Sample
 
 
 def tensor(*rows):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_dapo
-from infra.batching import Sample, collate, make_batch, micro_batches
+from infra.batching import collate, make_batch, micro_batches
 from infra.config import load_config
 from infra.logprobs import compute_logprobs, response_logprobs
 from infra.metrics import StatTotals, actor_metrics
@@ -23,7 +23,7 @@ from infra.setup import load_model
 from losses import Stat, aggregate, policy_loss
 from reward import Score
 from rollout import SamplingParams, generate
-from sampling import make_groups
+from sampling import Sample, make_groups
 from train_dapo import (apply_kl_penalty, compute_advantages, compute_loss, make_samples,
                         update_policy)
 
