@@ -63,7 +63,7 @@ def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) -> list[Prompt]:
-    """The `count` prompts from `position` of the endless stream; each epoch is shuffled anew."""
+    """The `count` prompts from `position` of the endless stream; each epoch has its own order."""
     drawn = []
     for at in range(position, position + count):
         epoch, index = divmod(at, len(prompts))
@@ -118,7 +118,7 @@ def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequen
         warn(state, f"{purpose}, {len(failed)} responses count as wrong: {problem}")
     if late:
         warn(state, f"{purpose}, {late} responses count as wrong: the reward function took longer "
-                    f"than reward.timeout={state.config.reward.timeout} s, or its process died")
+                    f"than reward.timeout={state.config.reward.timeout} s")
     return scores
 
 
@@ -221,7 +221,7 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
     if not with_acc:
         found, advice = "the reward function states no accuracy, so scores are compared, ", (
             "let it return scores that differ between responses")
-    elif hidden > 0 and metric == "acc":
+    elif hidden > len(generated) / 2 and metric == "acc":
         advice = (f"scores differ in {hidden} groups in which accuracy does not: filter on "
                   "filter_groups.metric=score, or check the `acc` that the reward function returns")
     elif truncated > 0.5:

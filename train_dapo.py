@@ -12,7 +12,6 @@ sampling.py, losses.py and reward.py):
 
 import math
 import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -111,7 +110,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
         metrics = {**counters, "gen_batches": gen_batches,
                    **rollout_metrics(config, generated, kept, groups), **metrics,
                    **timer.metrics(generated)}
-        metrics |= validation_metrics(state, data.val, step, progress.evaluations)
+        if not stop_reason:
+            metrics |= validation_metrics(state, data.val, step, progress.evaluations)
         log_step(state, metrics, groups or generated, advantages)
         if stop_reason:  # raised only now, so that the step is logged
             raise ValueError(stop_reason)
@@ -212,7 +212,7 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
     norm = accelerator.clip_grad_norm_(state.policy.parameters(), config.actor.grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
-        raise ValueError(f"update {len(totals.grad_norms) + 1} of the step has a gradient norm of "
+        raise ValueError(f"update {len(totals.grad_norms) + 1} of this step has the gradient norm "
                          f"{norm}; not applied. A lower actor.lr, or model.dtype float32, may help")
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -273,6 +273,11 @@ def main() -> None:
                     log_step(state, {"step": 0, **before})
                     accelerator.print("\n" + format_tables(progress.evaluations) + "\n")
             finished = train(state, data, progress)
+        if accelerator.is_main_process:
+            print_report(config, progress, time.perf_counter() - start, finished)
+        accelerator.wait_for_everyone()  # gloo can deadlock in one that ends long after others
+        state.engine.close()  # before the process groups that it has joined are gone
+        accelerator.end_training()
     except SystemExit as error:
         message = f"{error}{save_after_failure(state)}"
         state.engine.close()
@@ -283,15 +288,6 @@ def main() -> None:
                          f"{saved[0] if saved else 'starts from the beginning'}") from None
     finally:
         lock.release()
-    if accelerator.is_main_process and finished:
-        print_report(config, progress.evaluations, time.perf_counter() - start)
-    elif accelerator.is_main_process:
-        command = shlex.join(word for word in sys.argv if not word.startswith("resume="))
-        print("stopped and saved. To resume, with the same options of the launcher:\n"
-              f"accelerate launch {command} resume=auto")
-    accelerator.wait_for_everyone()  # gloo can deadlock in a process that ends long after others
-    state.engine.close()  # before the process groups that it has joined are gone
-    accelerator.end_training()
     if accelerator.num_processes > 1:  # gloo's own shutdown sometimes hangs; all work is done
         sys.stdout.flush()
         sys.stderr.flush()

@@ -65,7 +65,8 @@ def check_run_dir(config: SimpleNamespace) -> None:
     origin = named or recorded
     needed = not checkpoints or named not in (None, recorded)
     if origin and needed and not (origin / "progress.json").exists():
-        raise ValueError(f"resume: {origin} is not auto, never or a checkpoint's directory")
+        raise ValueError(f"resume: {origin} is not auto, never or a checkpoint's directory"
+                         if named else f"run_dir: {origin}, which it branches off, is gone; {hint}")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
     sources = checkpoints or [origin] * bool(origin)
@@ -76,8 +77,9 @@ def check_run_dir(config: SimpleNamespace) -> None:
         raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to resume "
                          f"from; {hint}")
     if step >= config.total_training_steps:
+        other = hint if checkpoints else "branch off an earlier checkpoint"
         raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
-                         f"{config.total_training_steps} to train on, or {hint}")
+                         f"{config.total_training_steps} to train on, or {other}")
     earlier = {}  # a new directory: a run that branches off may change any key
     if checkpoints and metadata:
         earlier = metadata["config"]

@@ -119,6 +119,8 @@ def read_nodes(path: str | Path) -> dict[str, yaml.Node]:
         is_section = isinstance(node, yaml.MappingNode)
         for leaf, value in node.value if is_section else [(name, node)]:
             key = f"{name.value}.{leaf.value}" if is_section else name.value
+            if not isinstance(value, yaml.ScalarNode):
+                raise ValueError(f"{path}:{leaf.start_mark.line + 1}: {key} must be one value")
             if key in nodes:  # yaml alone would keep the last
                 raise ValueError(f"{path}:{leaf.start_mark.line + 1}: {key} is there twice")
             nodes[key] = value
@@ -178,7 +180,7 @@ def parse_value(location: str, text: str, type: str) -> bool | int | float | str
 
     Raises ValueError, which begins with `location`.
     """
-    for option in type.split(" | ") if isinstance(text, str) else ():
+    for option in type.split(" | "):
         kind, *bounds = option.split()
         if kind == "str" or text == option:
             return text

@@ -56,8 +56,10 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", source) and suffix not in SUFFIXES
     if not is_file and (on_hub or Path(source.partition(":")[0]).is_dir()):
         return read_table(source)
+    if is_file:
+        raise ValueError(f"{source}: neither .jsonl nor .parquet: convert it to one of them")
     here = "" if Path(source).is_absolute() else HERE
-    raise ValueError(f"{source}: no such data file{here} (.jsonl or .parquet)")
+    raise ValueError(f"{source}: no such data file{here}")
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
@@ -99,9 +101,10 @@ def read_table(source: str) -> Iterator[tuple[str, dict]]:
                 yield f"{source}: row {number}", row
     except Exception as error:  # each kind of file has its own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source}: not readable after row {number} ({reason}): a whole "
-                         "Parquet file, owner/name:split or owner/name:config:split on the hub, "
-                         f"or a directory{HERE}") from error
+        here = "" if Path(path).exists() or Path(path).is_absolute() else f", or a directory{HERE}"
+        raise ValueError(f"{source}: not readable after row {number} ({reason}): a whole Parquet "
+                         "file, or owner/name:split or owner/name:config:split on the hub, is "
+                         f"expected{here}") from error
 
 
 def find_column(row: dict, keys: str):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,16 +32,19 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list
     packed, error = None, ""
     try:
         packed = pack(function(items[share::shares]))
-    except Exception as failure:
-        if accelerator.num_processes == 1 and not isinstance(failure, (OSError, ValueError)):
-            raise
+    except (OSError, ValueError) as failure:
         error = str(failure) or repr(failure)
-    gathered = gather_object([(packed, error)])[::ranks_per_share]
+    except Exception as failure:  # a bug: where it is matters
+        if accelerator.num_processes == 1:
+            raise
+        traceback.print_exc()
+        error = repr(failure)
+    gathered = gather_object([(packed, error)])
     for _, error in gathered:
         if error:
             raise ValueError(f"{doing}: {error}")
     results = [None] * len(items)
-    for i, (packed, _) in enumerate(gathered):
+    for i, (packed, _) in enumerate(gathered[::ranks_per_share]):
         results[i::shares] = unpack(packed)
     return results
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from evaluate import Evaluations, format_tables, response_record
+from infra.checkpoint import Progress
 from infra.distributed import raise_on_all_ranks
 from infra.setup import TrainState
 from losses import Stat
@@ -155,7 +159,7 @@ def rollout_records(step: int, groups: list[Group], advantages: list | None) -> 
     """
     for g, group in enumerate(groups):
         for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
-            advantage = advantages[g][i] if advantages else None
+            advantage = advantages[g][i] if advantages is not None else None
             if isinstance(advantage, Tensor):  # one per token
                 advantage = advantage.tolist()
             yield json.dumps({
@@ -192,8 +196,17 @@ def progress_text(metrics: dict, evaluations: Evaluations) -> str:
                       f"kept {metrics['groups/kept']:.0%}"])
 
 
-def print_report(config: SimpleNamespace, evaluations: Evaluations, seconds: float) -> None:
-    """Print validation before and after, one problem's responses, and where the results are."""
+def print_report(config: SimpleNamespace, progress: Progress, seconds: float,
+                 finished: bool) -> None:
+    """Print validation before and after, one problem's responses, and where the results are; or
+    how to resume, if the run was stopped."""
+    evaluations = progress.evaluations
+    if not finished:
+        launcher = "accelerate launch" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"
+        command = shlex.join(word for word in sys.argv if not word.startswith("resume="))
+        print(f"stopped and saved after step {progress.counters['step']}. To resume, with the same "
+              f"options of the launcher:\n{launcher} {command} resume=auto")
+        return
     if evaluations:
         of_set = next(iter(evaluations.values()))
         first = next(iter(of_set.values()))
@@ -201,5 +214,5 @@ def print_report(config: SimpleNamespace, evaluations: Evaluations, seconds: flo
         for title, evaluation in of_set.items():
             for text in evaluation.examples[:4]:
                 print(f"  {title:<8}{text!r}")
-    print(f"\n{config.total_training_steps} steps in {seconds:.0f} s. {config.run_dir} has "
-          "curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")
+    print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start. "
+          f"{config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")

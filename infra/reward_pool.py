@@ -148,7 +148,6 @@ def run_slot(fd: int) -> None:
         while True:
             task = trainer.recv()
             if worker is None or not worker.is_alive():
-                kill(worker)
                 pipe, remote = FORK.Pipe()
                 worker = FORK.Process(target=run_worker, args=(function, remote, [trainer, pipe]))
                 worker.start()
@@ -164,6 +163,7 @@ def run_slot(fd: int) -> None:
                 scores = failed(task, "error", f"the reward function's process died ({code})")
             if any(score.status != "ok" for score in scores):  # it hangs, or lacks memory
                 kill(worker)
+                worker = None
             trainer.send(scores)
     kill(worker)
 

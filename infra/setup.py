@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,8 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
         tokenizer = load_pretrained(AutoTokenizer, config.model.path)
         data = load_data(config, tokenizer, accelerator.print, training)
-        examples = [prompts[0].row for prompts in (data.train, *data.val.values()) if prompts]
+        examples = list({tuple(prompt.row): prompt.row for prompt in
+                         chain(data.train, *data.val.values())}.values())  # one of each layout
         weights = [float(weight) for weight in split_list(config.reward.weights)]
         scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
                              config.reward.timeout, examples)
@@ -127,7 +129,9 @@ def load_pretrained(auto_class, path: str, **kwargs):
             raise ValueError(
                 f"model.path: {path} is no directory (from {Path.cwd()}), and as a hub name it "
                 f"cannot be loaded: {reason.partition('. ')[0]}") from error
-        raise ValueError(f"model.path: cannot load {path}: {reason[:500]}") from error
+        keys = "model.path or model.attn_implementation" if "attn_implementation" in kwargs else (
+            "model.path")
+        raise ValueError(f"{keys}: cannot load {path}: {reason[:500]}") from error
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:

@@ -178,6 +178,7 @@ async def check_weights(client: AsyncClient, servers: Servers, url: str) -> Exce
                              "the same model?") from error
         await request(client, url, "/reset_prefix_cache", {})
         await request(client, url, "/update_weight_version", {"new_version": servers.version})
+        servers.warn.cache_clear()  # it is back: what it fails with next is news
     except ConnectionError as error:
         servers.warn(f"warning: {error}")
         return error

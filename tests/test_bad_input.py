@@ -73,7 +73,7 @@ def write_reward(tmp_path, body):
         (["model.path=nowhere"], "error: model.path: nowhere "),
         (["model.path=owner/nowhere"], "error: model.path: .*owner/nowhere"),
         (["model.path=toy"], "error: model.path: cannot load toy"),
-        (["model.attn_implementation=fast"], "error: model.path: cannot load toy/base"),
+        (["model.attn_implementation=fast"], "error: model.path or model.attn_implementation: cannot load toy/base"),
         (
             ["reward.name=maths"],
             "error: reward.name: 'maths' is neither math, math_strict_box, math_verify nor",

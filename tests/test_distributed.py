@@ -107,7 +107,7 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
             if rank.process_index == 0:
                 raise PermissionError("a line\nnot allowed")
 
-    for function, kind, message in ((fail_on_1, ValueError, "step 3: 'lost'"),
+    for function, kind, message in ((fail_on_1, ValueError, "step 3: KeyError('lost')"),
                                     (fail_on_0, OSError, "cannot save x: not allowed")):
         errors = as_ranks(function, 2)
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
