@@ -34,7 +34,6 @@ from evaluate import Evaluation, Evaluations
 from infra.config import config_diff, flatten, load_config
 from infra.data import Prompt
 from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
-from infra.files import replace_dir, write_atomic
 from infra.logprobs import check_weight_sync
 from infra.setup import TrainState, sync_weights
 from plot import plot_runs, read_metrics
@@ -398,3 +397,16 @@ def _digest(file: Path) -> str:
 def _step(path: Path) -> int:
     digits = path.stem.removeprefix("step_")
     return int(digits) if digits.isdigit() else 0
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Write a file: whenever the process dies, it has its old content or the new one."""
+    tmp_path = file.with_name(f".{file.name}.partial")
+    tmp_path.write_text(text, encoding="utf-8")
+    tmp_path.replace(file)
+
+
+def replace_dir(tmp_path: Path, path: Path) -> None:
+    """Move a complete directory to `path`; an older one there is removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    tmp_path.rename(path)
