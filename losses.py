@@ -58,7 +58,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
             most -A * c. None or 0: off.
         weights: (B, T) or (B, 1), factors of the loss, see `importance_weights`.
     Returns:
-        The loss (B, T), neither masked nor aggregated, and its statistics by name.
+        The loss (B, T), or a shape that broadcasts to it, neither masked nor aggregated, and its
+        statistics by name.
     """
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)

@@ -2,10 +2,10 @@
 
 A reward function of your own is `reward.name=path/to/file.py:function`. It is called as
 `function(response, ground_truth, **columns)` with those of the row's columns that it names, or all
-if it takes `**row`; an argument called `response_length` gets the response's length in tokens. A
-*group reward*, whose first argument is called `responses`, gets all responses of a prompt (and the
-list of their lengths) and returns a list of scores. A score is a number; a dict with `score` and
-optionally `acc`, `pred` and further values; or a `reward.Score`.
+if it takes `**row`; an argument called `response_length` gets the response's length in tokens, EOS
+included. A *group reward*, whose first argument is called `responses`, gets all responses of a
+prompt (and the list of their lengths) and returns a list of scores. A score is a number; a dict
+with `score` and optionally `acc`, `pred` and further values; or a `reward.Score`.
 """
 
 import importlib.util

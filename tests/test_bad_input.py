@@ -29,7 +29,7 @@ def test_a_misspelt_key_is_one_line_before_anything_is_loaded(start, tmp_path, m
 def test_a_broken_weights_file_is_one_line(start, tmp_path):
     shutil.copytree(ROOT / "toy/base", tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match="error: model.path: cannot load .*broken: "):
+    with pytest.raises(SystemExit, match="error: model.path or model.attn_implementation: cannot load .*broken: "):
         start(f"model.path={tmp_path / 'broken'}")
 
 

@@ -118,7 +118,8 @@ def test_the_gradient_is_the_same_for_one_micro_batch_and_for_five(make_state, m
         batch = collate(mini_batch, pad_id=0)
         logprobs, _ = response_logprobs(state.policy, batch)
         loss, _ = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
-                              0.2, 0.28, 3.0)
+                              state.config.actor.clip_ratio_low,
+                              state.config.actor.clip_ratio_high, 3.0)
         whole = aggregate(loss, batch["mask"], mode).item()
         assert whole == pytest.approx(metrics["actor/loss"], abs=1e-9)
 
@@ -233,8 +234,9 @@ def test_an_edit_of_the_advantages_may_return_a_value_per_token(start, monkeypat
 
 
 def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(start, monkeypatch):
-    original = train_dapo.group_advantages
-    monkeypatch.setattr(train_dapo, "group_advantages", lambda *args: 7 * original(*args))
+    original = train_dapo.compute_advantages
+    monkeypatch.setattr(train_dapo, "compute_advantages", lambda *args: [
+        [7 * advantage for advantage in of_group] for of_group in original(*args)])
     run_dir = start("total_training_steps=1", "save_rollouts=1", "val.file=")
     records = read_rollouts(run_dir, 1)
     rewards = torch.tensor([[record["final_reward"] for record in records]], dtype=torch.float64)
