@@ -221,7 +221,7 @@ def underfilled_message(step: int, kept: list[Group], generated: list[Group], ge
     if not with_acc:
         found, advice = "the reward function states no accuracy, so scores are compared, ", (
             "let it return scores that differ between responses")
-    elif hidden > len(generated) / 2 and metric == "acc":
+    elif hidden >= len(generated) / 2 and metric == "acc":
         advice = (f"scores differ in {hidden} groups in which accuracy does not: filter on "
                   "filter_groups.metric=score, or check the `acc` that the reward function returns")
     elif truncated > 0.5:

@@ -240,7 +240,7 @@ def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(star
     run_dir = start("total_training_steps=1", "save_rollouts=1", "val.file=")
     records = read_rollouts(run_dir, 1)
     rewards = torch.tensor([[record["final_reward"] for record in records]], dtype=torch.float64)
-    expected = 7 * original(rewards)[0]
+    expected = 7 * group_advantages(rewards)[0]
     assert [record["advantage"] for record in records] == pytest.approx(expected.tolist())
 
 
@@ -390,7 +390,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(make_state, train_on):
     state, prompts = make_state(*UNFILTERED, "actor.ppo_mini_batch_size=16")
     before = weights_of(state)
     samples = [replace(sample, advantage=math.nan) for sample in make_mini_batch(state, prompts)]
-    with pytest.raises(ValueError, match="update 1 of the step has a gradient norm of nan; not "
+    with pytest.raises(ValueError, match="update 1 of this step has the gradient norm nan; not "
                                          "applied. A lower actor.lr"):
         train_on(state, prompts, samples)
     assert same_weights(state, before)
