@@ -20,7 +20,7 @@ from infra.logprobs import compute_logprobs, response_logprobs
 from infra.metrics import StatTotals, actor_metrics
 from infra.packing import packing_kind
 from infra.setup import load_model
-from losses import Stat, aggregate, policy_loss
+from losses import Stat, aggregate, group_advantages, policy_loss
 from reward import Score
 from rollout import SamplingParams, generate
 from sampling import Sample, make_groups
