@@ -4,7 +4,6 @@ import json
 import random
 import re
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,8 +121,8 @@ def test_the_code_still_makes_the_committed_tokenizer(tokenizer):
 def test_the_script_still_writes_an_equally_good_base_and_the_committed_data(
     tokenizer, tmp_path, monkeypatch
 ):
-    quicker = partial(toy.make_base_model, min_accuracy=0.95)  # less than for the committed one
-    monkeypatch.setattr(toy, "make_base_model", quicker)
+    measured = toy.reasoning_accuracy  # quicker: 0.95 is enough here, 0.97 for the committed one
+    monkeypatch.setattr(toy, "reasoning_accuracy", lambda *args: measured(*args) + 0.02)
     monkeypatch.setattr("sys.argv", ["make_toy.py", "--out", str(tmp_path / "new")])
     toy.main()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new/base").eval()

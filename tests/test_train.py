@@ -758,7 +758,8 @@ def test_an_earlier_run_is_never_written_into(start):
 @pytest.mark.slow
 def test_a_few_steps_improve_the_policy(start):
     """The whole pipeline in 8 steps: far beyond noise, or something is broken."""
-    run_dir = start("total_training_steps=8", "data.train_batch_size=16", "data.gen_batch_size=16",
+    run_dir = start("total_training_steps=8", "actor.lr=0.0002", "data.train_batch_size=16",
+                    "data.gen_batch_size=16",
                     "rollout.n=16", "actor.ppo_mini_batch_size=64", "val.max_prompts=100",
                     "val.n=4")
     first, *_, last = read_rows(run_dir)
