@@ -153,7 +153,7 @@ def main() -> None:
     state, data = setup(config, training=False)
     evaluations, records, is_main = {}, [], state.accelerator.is_main_process
     with closing(state.engine), one_line_errors():
-        with raise_on_all_ranks(state.accelerator, "cannot save results"):
+        with raise_on_all_ranks("cannot save results"):
             if is_main:
                 out.mkdir(parents=True)  # fails if it exists: nothing is overwritten
         sync_weights(state)

@@ -59,7 +59,7 @@ class Group:
 
 @lru_cache(maxsize=64)
 def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
-    return make_rng(seed, "prompt order", epoch, 0).permutation(num_prompts)
+    return make_rng(seed, "prompt order", epoch).permutation(num_prompts)
 
 
 def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) -> list[Prompt]:
@@ -71,22 +71,24 @@ def draw_prompts(prompts: list[Prompt], position: int, count: int, seed: int) ->
     return drawn
 
 
-def generation_batch_size(config: SimpleNamespace, missing: int, kept: float,
-                          generated: float) -> int:
-    """Number of prompts of the next generation batch, when `missing` groups are still needed.
+def generation_batch_size(config: SimpleNamespace, counters: dict, kept: int,
+                          generated: int) -> int:
+    """Number of prompts of the next generation batch, after `kept` of `generated` groups.
 
-    `data.gen_batch_size=auto`: as many as probably give `missing` groups, if the share that is kept
-    stays that of the last groups (`kept` of `generated`, recent steps counting more), and at most
-    four times train_batch_size. Draws until m successes of probability p have the mean m / p and
-    the standard deviation sqrt(m (1 - p)) / p; one standard deviation is added: more would waste
-    responses, less would cost generation batches.
+    `data.gen_batch_size=auto`: as many as probably give the missing groups, if the share that is
+    kept stays as it was lately (this step's groups and the moving averages in `counters`), and at
+    most four times train_batch_size. Draws until m successes of probability p have the mean m / p
+    and the standard deviation sqrt(m (1 - p)) / p; one standard deviation is added: more would
+    waste responses, less would cost generation batches.
     """
     size, chosen = config.data.train_batch_size, config.data.gen_batch_size
     if not config.filter_groups.enable:
         return size
     if chosen != "auto":
         return chosen
-    share = (kept + 1) / (generated + 1)
+    missing = size - kept
+    share = (counters["ema_groups_kept"] + kept + 1) / (
+        counters["ema_groups_generated"] + generated + 1)
     return min(4 * size, math.ceil((missing + math.sqrt(missing * (1 - share))) / share))
 
 
@@ -164,7 +166,7 @@ def describe_filter(filter_groups: SimpleNamespace) -> str:
                 "seq_final_reward": "score with the overlong and KL penalties"}
     if not filter_groups.enable:
         return "filter_groups: off, every group is trained"
-    return (f"filter_groups: a group is dropped if all of its responses have the same "
+    return ("filter_groups: a group is dropped if all of its responses have the same "
             f"{compared[filter_groups.metric]}")
 
 
@@ -194,9 +196,9 @@ def check_underfilled(state, counters: dict, step: int, kept: list[Group], gener
     message = underfilled_message(step, kept, generated, gen_batches, filter_groups.metric)
     if filter_groups.at_limit == "error":
         return message
-    trains = kept and not counters["consecutive_skips"]
+    trained = len(select_groups(kept, state.config))
     warn(state, f"{message}. This step "
-                + (f"trains on {len(kept)} groups" if trains else "is skipped"))
+                + (f"trains on {trained} groups" if trained else "is skipped"))
     if counters["consecutive_skips"] > filter_groups.max_skipped_steps:
         return (f"{counters['consecutive_skips']} steps in a row were skipped, the last because: "
                 f"{message}")

@@ -61,9 +61,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
         timer, generated, kept, gen_batches = Timer(), [], [], 0    # 3: the policy is now pi_old
         while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: until the buffer is full
             position = counters["prompts_drawn"]
-            count = generation_batch_size(config, size - len(kept),
-                                          counters["ema_groups_kept"] + len(kept),
-                                          counters["ema_groups_generated"] + len(generated))
+            count = generation_batch_size(config, counters, len(kept), len(generated))
             prompts = draw_prompts(data.train, position, count, config.seed)  # 2: batch of prompts
             positions = range(position, position + count)
             with timer("generate"):                                 # 4: n responses each

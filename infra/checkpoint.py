@@ -17,7 +17,6 @@ import json
 import shutil
 import uuid
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,7 @@ COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "em
 class Progress:
     """How far a run is: the `COUNTERS` (all 0 at the start), `evaluations` of the validation sets,
     `identity`, the config and a hash of the prompts that checkpoints belong to."""
-    counters: Counter = field(default_factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     evaluations: Evaluations = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
 
@@ -56,7 +55,7 @@ class Progress:
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
     run_dir, file = Path(config.run_dir), Path(config.run_dir, "config.yaml")
-    rows, checkpoints = read_rows(run_dir), list_checkpoints(run_dir)
+    rows, checkpoints = metrics_so_far(run_dir), list_checkpoints(run_dir)
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
@@ -99,7 +98,7 @@ def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
     return named, Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
 
 
-def read_rows(run_dir: Path) -> list[dict]:
+def metrics_so_far(run_dir: Path) -> list[dict]:
     """The rows of metrics.jsonl; none if there is no such file."""
     return read_metrics(run_dir) if (Path(run_dir) / "metrics.jsonl").exists() else []
 
@@ -112,7 +111,7 @@ def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
     """
     run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
     lock = FileLock(run_dir / ".lock")
-    with raise_on_all_ranks(accelerator, "run_dir"):
+    with raise_on_all_ranks("run_dir"):
         if accelerator.is_local_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
@@ -145,7 +144,7 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
     path = find_checkpoint(accelerator, config)
     if path:
         metadata = read_metadata(path)
-        progress.counters.update(metadata["counters"])  # adds to zeros
+        progress.counters.update(metadata["counters"])
         step = progress.counters["step"]
         if path.parent.parent.resolve() != run_dir.resolve():
             branch = {"checkpoint": str(path.resolve()), "step": step,
@@ -194,7 +193,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
     hold, that of the run that this one branches off.
     """
     run_dir = Path(config.run_dir)
-    with raise_on_all_ranks(accelerator, "run_dir"):
+    with raise_on_all_ranks("run_dir"):
         if writes_checkpoints(accelerator):
             for path in list_checkpoints(run_dir):
                 if _step(path) > step:
@@ -204,7 +203,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
             elif step < 0:
                 (run_dir / "branch.json").unlink(missing_ok=True)
         if accelerator.is_main_process:
-            rows = [json.dumps(row) + "\n" for row in read_rows(origin) if row["step"] <= step]
+            rows = [json.dumps(row) + "\n" for row in metrics_so_far(origin) if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             (run_dir / "rollouts").mkdir(exist_ok=True)
@@ -224,7 +223,7 @@ def save_model(state: TrainState, name: str) -> None:
     for key, weight in iter_full_weights(policy):
         if state.accelerator.is_main_process:
             weights[key] = weight.to("cpu", policy.dtype)
-    with raise_on_all_ranks(state.accelerator, f"cannot save {run_dir / name}"):
+    with raise_on_all_ranks(f"cannot save {run_dir / name}"):
         if state.accelerator.is_main_process:
             tmp_path = run_dir / f".{name}.partial"
             shutil.rmtree(tmp_path, ignore_errors=True)
@@ -257,7 +256,7 @@ def save_results(state: TrainState, progress: Progress) -> bool:
         save_model(state, f"model_step_{step:05d}")
     if last:  # before the last checkpoint, which says that the run is finished
         save_model(state, "model")
-        with raise_on_all_ranks(state.accelerator, "curves.png"):
+        with raise_on_all_ranks("curves.png"):
             if state.accelerator.is_main_process:
                 plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
     stop = state.accelerator.check_trigger()
@@ -277,14 +276,14 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
     metadata = progress.identity | {"counters": progress.counters,
                                     "evaluations": progress.evaluations}
     try:
-        with raise_on_all_ranks(accelerator, doing):
+        with raise_on_all_ranks(doing):
             if writes:
                 path.parent.mkdir(exist_ok=True)
                 for half in path.parent.glob(".step_*.partial"):
                     shutil.rmtree(half)
                 tmp_path.mkdir()
                 write_atomic(tmp_path / "progress.json", json.dumps(metadata, default=vars))
-        with raise_on_all_ranks(accelerator, doing):
+        with raise_on_all_ranks(doing):
             if writes or is_sharded(accelerator):
                 optimizer = state.optimizer.optimizer
                 with warnings.catch_warnings(action="ignore"):
@@ -293,10 +292,10 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
         # A network file system may not show all files on all machines yet.
         names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
         names = broadcast_object_list([names])[0]
-        with raise_on_all_ranks(accelerator, doing):
+        with raise_on_all_ranks(doing):
             mine = {name: _digest(tmp_path / name) for name in _my_share(accelerator, names)}
         digests = {name: value for part in gather_object([mine]) for name, value in part.items()}
-        with raise_on_all_ranks(accelerator, doing):
+        with raise_on_all_ranks(doing):
             if writes:
                 write_atomic(tmp_path / "digests.json", json.dumps(digests | mine))
                 replace_dir(tmp_path, path)
@@ -345,9 +344,9 @@ def find_checkpoint(accelerator: Accelerator, config: SimpleNamespace) -> Path |
 def find_corruption(accelerator: Accelerator, path: Path) -> str:
     """Why a checkpoint cannot be used, the same on all ranks; "" if it can."""
     try:
-        with raise_on_all_ranks(accelerator, "digests.json"):
+        with raise_on_all_ranks("digests.json"):
             digests = dict(json.loads((path / "digests.json").read_text(encoding="utf-8")))
-        with raise_on_all_ranks(accelerator, "not what was written"):
+        with raise_on_all_ranks("not what was written"):
             for name in _my_share(accelerator, sorted(digests)):
                 if _digest(path / name) != digests[name]:
                     raise ValueError(name)
@@ -358,7 +357,7 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
     """Load weights and optimizer as they were saved. Raises OSError."""
-    with (raise_on_all_ranks(accelerator, f"cannot load {path}"),
+    with (raise_on_all_ranks(f"cannot load {path}"),
           warnings.catch_warnings(action="ignore")):  # of one process without a process group
         trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
         state_dict = _state_dict(policy, optimizer, trained)

@@ -50,7 +50,7 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list
 
 
 @contextmanager
-def raise_on_all_ranks(accelerator: Accelerator, doing: str) -> Iterator[None]:
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """A barrier: an error inside on one rank is a one-line OSError on all, so that none waits."""
     error = ""
     try:

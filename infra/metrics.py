@@ -173,7 +173,7 @@ def log_step(state: TrainState, metrics: dict, groups: list[Group] = (),
     """Write a row to metrics.jsonl and the tracker, and the first groups to rollouts/."""
     run_dir, step = Path(state.config.run_dir), metrics["step"]
     groups = groups[:state.config.save_rollouts]
-    with raise_on_all_ranks(state.accelerator, f"cannot log step {step} in {run_dir}"):
+    with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
         state.accelerator.log(metrics, step=step)
         if state.accelerator.is_main_process:
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:

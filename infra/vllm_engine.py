@@ -79,7 +79,7 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
         ids = np.array(output.token_ids, dtype=np.int32)
         logprobs = np.array(output.logprobs.logprobs, dtype=np.float32)
         rows.append((ids, logprobs, output.finish_reason == "stop"))
-    return make_groups(tokenizer, rows, params)
+    return group_responses(tokenizer, rows, params)
 
 
 def shared_params(params: SamplingParams, stop_ids: list[int]) -> dict:
@@ -88,7 +88,7 @@ def shared_params(params: SamplingParams, stop_ids: list[int]) -> dict:
     return {**params._asdict(), "n": n, "logprobs": 0, "stop_token_ids": stop_ids}
 
 
-def make_groups(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]],
+def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]],
                 params: SamplingParams) -> list[list[Response]]:
     """The `params.n` responses to each prompt, from the rows of `make_responses`."""
     flat = make_responses(tokenizer, rows)

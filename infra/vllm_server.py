@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infra.distributed import raise_on_all_ranks
-from infra.vllm_engine import make_groups, shared_params
+from infra.vllm_engine import group_responses, shared_params
 from rollout import Engine, Response, SamplingParams, request_seed
 
 
@@ -64,9 +64,9 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
                       warn=tqdm.write if accelerator.is_main_process else lambda message: None)
 
     def wait_for_servers(at_least: int) -> None:
-        with raise_on_all_ranks(accelerator, "rollout.server_urls"):
+        with raise_on_all_ranks("rollout.server_urls"):
             if accelerator.is_main_process:
-                run(healthy_servers, servers, at_least)
+                run_async(healthy_servers, servers, at_least)
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         if nccl:  # all servers must take part in a transfer
@@ -74,7 +74,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
         servers.version = broadcast_object_list([str(time.time_ns())])[0]
         weights = ((name, weight.to(dtype)) for name, weight in weights)
         doing = f"cannot send the weights by {'nccl' if nccl else weights_dir}"
-        with raise_on_all_ranks(accelerator, doing):
+        with raise_on_all_ranks(doing):
             try:
                 if accelerator.is_main_process:
                     send(weights)
@@ -84,7 +84,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
 
     wait_for_servers(at_least=len(urls))
     send = partial(save_weights, weights_dir)
-    with raise_on_all_ranks(accelerator, "rollout.weight_transfer"):
+    with raise_on_all_ranks("rollout.weight_transfer"):
         if nccl and accelerator.is_main_process:
             send = nccl_sender(servers, shapes, dtype)
     generate = partial(generate_on_servers, servers, tokenizer, stop_ids, rollout.max_num_seqs)
@@ -103,7 +103,7 @@ class ServerError(ConnectionError):
     """A server answers, but failed to do what it was asked for."""
 
 
-def run(function: Callable, *args):
+def run_async(function: Callable, *args):
     """The result of `await function(client, *args)`."""
     async def with_client():
         transport = AsyncHTTPTransport(limits=Limits(), socket_options=KEEPALIVE)
@@ -213,18 +213,18 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
             return iter(self.values)
 
     def post(path: str, **body) -> None:
-        run(request_all, servers, path, [body] * len(servers.urls))
+        run_async(request_all, servers, path, [body] * len(servers.urls))
 
     def init_servers(info: dict) -> None:
         bodies = [{"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]
         try:
-            run(request_all, servers, "/init_weight_transfer_engine", bodies)
+            run_async(request_all, servers, "/init_weight_transfer_engine", bodies)
         except (OSError, ValueError) as error:  # said now, since vLLM waits for minutes to raise it
             servers.warn(f"warning: {error} (a server needs --weight-transfer-config "
                          "'{\"backend\": \"nccl\"}')")
             raise
 
-    sizes = run(request_all, servers, "/get_world_size", [None] * len(servers.urls))
+    sizes = run_async(request_all, servers, "/get_world_size", [None] * len(servers.urls))
     first_ranks = list(accumulate((size["world_size"] for size in sizes), initial=1))  # 0: trainer
     client = SimpleNamespace(
         init_weight_transfer_engine=init_servers,
@@ -261,8 +261,8 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
     bodies = [{"prompt": ids, "seed": request_seed(seed), **shared}
               for ids, seed in zip(prompts, seeds, strict=True)]
     concurrency = max(1, max_num_seqs // params.n)
-    rows = run(complete, servers, bodies, concurrency, progress)
-    return make_groups(tokenizer, [row for group in rows for row in group], params)
+    rows = run_async(complete, servers, bodies, concurrency, progress)
+    return group_responses(tokenizer, [row for group in rows for row in group], params)
 
 
 async def complete(client: AsyncClient, servers: Servers, bodies: list[dict], concurrency: int,

@@ -103,7 +103,7 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
         return map_over_ranks(rank, work, [0, 1, 2], "step 3")
 
     def fail_on_0(rank):
-        with raise_on_all_ranks(rank, "cannot save x"):
+        with raise_on_all_ranks("cannot save x"):
             if rank.process_index == 0:
                 raise PermissionError("a line\nnot allowed")
 

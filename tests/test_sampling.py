@@ -54,21 +54,25 @@ def settings(train_batch_size=32, gen_batch_size="auto", **overlong) -> SimpleNa
         overlong_buffer=SimpleNamespace(**overlong))
 
 
-@pytest.mark.parametrize("missing, kept, generated, expected", [
-    (32, 0, 0, 32),   # nothing is known yet: all groups are kept
-    (10, 4, 9, 25),   # share 1/2: (10 + sqrt(10 / 2)) * 2 = 24.5
-    (1, 0, 3, 8),     # share 1/4: (1 + sqrt(3 / 4)) * 4 = 7.5
-    (32, 0, 99, 128)  # at most four times train_batch_size
+def ema(kept=0, generated=0):
+    return {"ema_groups_kept": kept, "ema_groups_generated": generated}
+
+
+@pytest.mark.parametrize("counters, kept, generated, expected", [
+    (ema(), 0, 0, 32),          # nothing is known yet: all groups are kept
+    (ema(5, 11), 22, 44, 25),   # 10 missing, share 28/56: (10 + sqrt(10 / 2)) * 2 = 24.5
+    (ema(8, 59), 31, 100, 8),   # 1 missing, share 40/160: (1 + sqrt(3 / 4)) * 4 = 7.5
+    (ema(0, 99), 0, 0, 128)     # at most four times train_batch_size
 ])
-def test_an_automatic_generation_batch_by_hand(missing, kept, generated, expected):
-    assert generation_batch_size(settings(), missing, kept, generated) == expected
+def test_an_automatic_generation_batch_by_hand(counters, kept, generated, expected):
+    assert generation_batch_size(settings(), counters, kept, generated) == expected
 
 
 def test_a_generation_batch_is_of_the_size_that_is_set():
-    assert generation_batch_size(settings(gen_batch_size=7), 1, 0, 0) == 7
+    assert generation_batch_size(settings(gen_batch_size=7), ema(), 31, 31) == 7
     unfiltered = settings(gen_batch_size=7)
     unfiltered.filter_groups.enable = False
-    assert generation_batch_size(unfiltered, 1, 0, 0) == 32  # as many as train
+    assert generation_batch_size(unfiltered, ema(), 0, 0) == 32  # as many as train
 
 
 # ---- groups ----

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.config import load_config
-from infra.vllm_server import Servers, complete, healthy_servers, run
+from infra.vllm_server import Servers, complete, healthy_servers, run_async
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def make_servers(*urls, timeout=0, warnings=None, weights_dir=None):
 
 
 def check(servers, at_least=1):
-    return run(healthy_servers, servers, at_least)
+    return run_async(healthy_servers, servers, at_least)
 
 
 def generate(count, servers, concurrency=4):
     """The first tokens of the responses to the prompts [0], [1], ..."""
     bodies = [{"prompt": [i], "max_tokens": 5} for i in range(count)]
-    return [rows[0][0][0] for rows in run(complete, servers, bodies, concurrency)]
+    return [rows[0][0][0] for rows in run_async(complete, servers, bodies, concurrency)]
 
 
 def test_if_no_server_answers_the_error_says_which_for_how_long_and_what_to_do():
@@ -134,7 +134,7 @@ def test_the_responses_of_a_group_come_in_their_order(fake_server):
         return status, reply
     servers = make_servers(fake_server(reversed_choices))
     bodies = [{"prompt": [7], "max_tokens": 5}]
-    (rows,) = run(complete, servers, bodies, 1)
+    (rows,) = run_async(complete, servers, bodies, 1)
     assert [ids.tolist() for ids, _, _ in rows] == [[0], [1], [2]]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_imports_have_no_cycle():
             reached |= unseen
             unseen = set().union(*(imports[other] for other in unseen)) - reached
         assert name not in reached, f"{name} imports itself, through some of {sorted(reached)}"
+
+
+def test_a_name_is_defined_once():
+    """A reader who searches for a function finds one."""
+    names = Counter()
+    for path in PRODUCT:
+        names.update(node.name for node in ast.parse(path.read_text()).body
+                     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == ["main"]
 
 
 def test_losses_imports_nothing_of_the_project():

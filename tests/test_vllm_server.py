@@ -34,7 +34,7 @@ from vllm_fixtures import (
 )
 
 from infra.setup import sync_weights
-from infra.vllm_server import generate_on_servers, request_all, run
+from infra.vllm_server import generate_on_servers, request_all, run_async
 from rollout import SamplingParams, transformers_engine
 
 pytest_plugins = ["vllm_fixtures"]
@@ -146,8 +146,8 @@ def test_a_restarted_server_gets_the_weights_before_it_generates(served):
     # What a new process has: the base model, and no version.
     weights = {"method": "reload_weights", "kwargs": {"weights_path": str(ROOT / "toy/base")}}
     servers = state.engine.generate.args[0]
-    run(request_all, servers, "/collective_rpc", [weights] * 2)
-    run(request_all, servers, "/update_weight_version", [{"new_version": "default"}] * 2)
+    run_async(request_all, servers, "/collective_rpc", [weights] * 2)
+    run_async(request_all, servers, "/update_weight_version", [{"new_version": "default"}] * 2)
     assert token_ids(generate(state, prompts)) == expected
 
 

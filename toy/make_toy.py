@@ -80,7 +80,7 @@ def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float
     return problem["prompt"], thoughts + ANSWER + answer
 
 
-def make_batch(demonstrations: list[tuple[str, str]],
+def make_sft_batch(demonstrations: list[tuple[str, str]],
                tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels (-100 on the prompt and the padding), both (B, T)."""
     ids, labels = [], []
@@ -99,7 +99,7 @@ def reasoning_accuracy(model, tokenizer, problems: int = 200) -> float:
     """
     rng = random.Random("skill")
     demonstrations = [make_demonstration(rng, 1.0, 0.0, 0.0) for _ in range(problems)]
-    ids, labels = make_batch(demonstrations, tokenizer)
+    ids, labels = make_sft_batch(demonstrations, tokenizer)
     right = (model(ids).logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
     first = (labels[:, 1:] != -100).int().argmax(1, keepdim=True)
     return right.scatter(1, first, True).all(1).float().mean().item()
@@ -119,7 +119,8 @@ def make_base_model(tokenizer, seed: int, rates: Sequence[float]) -> LlamaForCau
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
     def sft_step(rates, lr):
-        ids, labels = make_batch([make_demonstration(rng, *rates) for _ in range(32)], tokenizer)
+        demonstrations = [make_demonstration(rng, *rates) for _ in range(32)]
+        ids, labels = make_sft_batch(demonstrations, tokenizer)
         model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = lr
