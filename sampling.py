@@ -76,7 +76,7 @@ def generation_batch_size(config: SimpleNamespace, counters: dict, kept: int,
     """Number of prompts of the next generation batch, after `kept` of `generated` groups.
 
     `data.gen_batch_size=auto`: as many as probably give the missing groups, if the share that is
-    kept stays as it was lately (this step's groups and the moving averages in `counters`), and at
+    kept stays as it was recently (this step's groups and the moving averages in `counters`), and at
     most four times train_batch_size. Draws until m successes of probability p have the mean m / p
     and the standard deviation sqrt(m (1 - p)) / p; one standard deviation is added: more would
     waste responses, less would cost generation batches.

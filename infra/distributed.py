@@ -20,7 +20,7 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list
     """`function(items)`, with the work shared by all ranks; each rank gets all results in order.
 
     Args:
-        function: from a share of the items (every so-manieth) to a list of as many results.
+        function: from a rank's share of the items to a list of as many results.
         doing: what an error message says was going on.
         ranks_per_share: so many neighbouring ranks compute the same share together.
         pack, unpack: what a share's results are sent as, and back.

@@ -178,7 +178,7 @@ async def check_weights(client: AsyncClient, servers: Servers, url: str) -> Exce
                              "the same model?") from error
         await request(client, url, "/reset_prefix_cache", {})
         await request(client, url, "/update_weight_version", {"new_version": servers.version})
-        servers.warn.cache_clear()  # it is back: what it fails with next is news
+        servers.warn.cache_clear()  # it is back: warn of its next failure again
     except ConnectionError as error:
         servers.warn(f"warning: {error}")
         return error
@@ -219,7 +219,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
         bodies = [{"init_info": info | {"rank_offset": rank}} for rank in first_ranks[:-1]]
         try:
             run_async(request_all, servers, "/init_weight_transfer_engine", bodies)
-        except (OSError, ValueError) as error:  # said now, since vLLM waits for minutes to raise it
+        except (OSError, ValueError) as error:  # vLLM raises it only after minutes
             servers.warn(f"warning: {error} (a server needs --weight-transfer-config "
                          "'{\"backend\": \"nccl\"}')")
             raise
