@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
@@ -192,12 +193,14 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
                        padding_side="left").to(device)  # (prompts, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
-    output = model(input_ids=ids, attention_mask=mask.long(),
-                   past_key_values=DynamicCache(config=model.config), use_cache=True,
-                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(n)
-    logits = output.logits[:, -1].repeat_interleave(n, dim=0)  # (B, V)
+    cache = DynamicCache(config=model.config)
+    state_only = "cache_params" in signature(model.forward).parameters  # Mamba's name for the cache
+    caching = {"cache_params" if state_only else "past_key_values": cache, "use_cache": True}
+    logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=1,
+                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), **caching).logits[:, -1]
+    repeated = torch.arange(size, device=device) // n
+    cache.reorder_cache(repeated)  # every layer has it: states are selected like keys and values
+    logits = logits[repeated]  # (B, V)
     mask = torch.cat([mask.repeat_interleave(n, dim=0), mask.new_ones(size, max_tokens)], dim=1)
     mask, lengths = mask.long(), lengths.repeat_interleave(n)
 
@@ -219,10 +222,10 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
             break
         if remaining < 0.9 * len(rows):  # finished rows leave, several at once: the cache is copied
             rows, token = rows[keep], token[keep]
-            cache.batch_select_indices(keep.nonzero().squeeze(1))
-        logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True,
-                       attention_mask=mask[rows, :ids.shape[1] + t + 1],
-                       position_ids=(lengths[rows] + t)[:, None]).logits[:, -1]
+            cache.reorder_cache(keep.nonzero().squeeze(1))
+        logits = model(input_ids=token[:, None], position_ids=(lengths[rows] + t)[:, None],
+                       attention_mask=None if state_only else mask[rows, :ids.shape[1] + t + 1],
+                       **caching).logits[:, -1]
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
     return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
             in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]

@@ -31,6 +31,7 @@ from infra.checkpoint import (Progress, check_run_dir, list_checkpoints, lock_ru
 from infra.config import one_line_errors, read_command_line
 from infra.data import Data
 from infra.distributed import is_sharded, stop_on_signal
+from infra.experts import record_routing, router_aux_loss
 from infra.logprobs import check_logprob_mismatch, compute_logprobs, response_logprobs
 from infra.metrics import (StatTotals, Timer, actor_metrics, log_step, print_report, progress_text,
                            rollout_metrics)
@@ -225,7 +226,8 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
     `num_tokens`, `num_seqs`: those in the loss, in the whole mini-batch over all ranks.
     """
     actor, rollout, mask = config.actor, config.rollout, batch["mask"]
-    logprobs, entropy = response_logprobs(policy, batch, rollout.temperature)  # (B, T) each
+    with record_routing(policy, enabled=actor.router_aux_loss_coef > 0) as routing:
+        logprobs, entropy = response_logprobs(policy, batch, rollout.temperature)  # (B, T) each
     old = logprobs.detach() if on_policy else batch["old_logprobs"]
     rollout_logprobs, weights = batch["rollout_logprobs"], None
     if rollout.correction != "off":
@@ -246,6 +248,11 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
         loss = loss + actor.kl_loss_coef * ref_kl
         stats["ref_kl"] = Stat(ref_kl)
     total = aggregate(loss, mask, actor.loss_agg_mode, num_tokens, num_seqs)
+    if routing:  # a mixture of experts: the mean over responses of a loss of their own
+        aux_loss = router_aux_loss(routing, batch)  # (B, 1)
+        stats["router_aux_loss"] = Stat(aux_loss)
+        total = total + actor.router_aux_loss_coef * aggregate(
+            aux_loss, mask, "seq-mean-token-mean", num_tokens, num_seqs)
     return total, stats | {"loss": Stat(total, "sum")}
 
 

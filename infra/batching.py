@@ -74,6 +74,7 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
         all samples in one row, if `packing` names a kind of it; `packing_kwargs` tells them apart.
     tokens (N,): all response tokens. logit_positions (N,): the position before each of them, among
         all of input_ids. flat_positions (N,): their place among (B, T).
+    sequence_index (B * L,) or (L,): the sample of each of input_ids; B on padding.
     mask (B, T): the tokens in the loss. Masks come from lengths, never from token values: the EOS
         that ended a response is trained, even if padding has the same id.
     advantages (B, 1) or (B, T); rollout_logprobs, old_logprobs, ref_logprobs (B, T), if given.
@@ -81,11 +82,13 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
     sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
     flat = torch.from_numpy(np.concatenate(
         [ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
+    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     if packing:
         ids = flat[None]  # (1, L)
         starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
     else:
         ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
+        index = pad_sequence(index.split(sizes), batch_first=True, padding_value=len(sizes))
         starts = torch.arange(len(sizes)) * ids.shape[1]
     column = torch.arange(int(lengths.max()))  # (T,)
     response_mask = column < lengths[:, None]  # (B, T)
@@ -94,6 +97,7 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
     flat_positions = response_mask.flatten().nonzero().squeeze(1)
     batch = {"input_ids": ids, "tokens": ids.flatten()[logit_positions + 1],
              "logit_positions": logit_positions, "flat_positions": flat_positions,
+             "sequence_index": index.flatten(),
              "mask": response_mask & torch.tensor([[s.in_loss] for s in samples])}
 
     def to_rows(values: list[Tensor]) -> Tensor:

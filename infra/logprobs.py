@@ -188,12 +188,16 @@ def logprob_tolerance(config) -> float:
 
 
 def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> None:
-    """Raise ValueError if sampler and trainer differ beyond rounding: a failed weight sync."""
+    """Raise ValueError if sampler and trainer differ beyond rounding: a failed weight sync; or,
+    before the first step, a model that computes something else with its cache than without."""
     limit, own_weights = logprob_tolerance(state.config), state.engine.has_own_weights
-    if own_weights and state.config.rollout.top_p == 1 and difference > limit:
+    if (own_weights or step == 0) and state.config.rollout.top_p == 1 and difference > limit:
+        model = type(state.accelerator.unwrap_model(state.policy)).__name__
+        cause = ("the rollout engine does not have the policy's weights" if own_weights else
+                 f"{model} is not causal, or its cache does not keep all that it needs")
         raise ValueError(f"step {step}: the log-probs of sampler and trainer differ by "
-                         f"{difference:.4f} on average, more than rounding explains ({limit}): the "
-                         "rollout engine does not have the policy's weights")
+                         f"{difference:.4f} on average, more than rounding explains ({limit}): "
+                         f"{cause}")
 
 
 def check_weight_sync(state: TrainState, prompts: list) -> None:

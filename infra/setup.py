@@ -17,14 +17,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
+                          AutoTokenizer)
+from transformers.utils import is_flash_attn_2_available
 
 from infra.config import one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
-from infra.packing import enable_packing
+from infra.experts import find_routers
+from infra.packing import BLOCK_SDPA, enable_packing, packing_kind
 from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
+
+# Of a vision-language checkpoint: its names of the language part, as that part alone names them.
+LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
+                 r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
         scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
                              config.reward.timeout, examples)
         policy = load_model(config)
+        accelerator.print(describe_model(config, policy))
         for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
             accelerator.print(f"warning: {warning}")
         reference = None
@@ -129,14 +137,27 @@ def load_pretrained(auto_class, path: str, **kwargs):
             raise ValueError(
                 f"model.path: {path} is no directory (from {Path.cwd()}), and as a hub name it "
                 f"cannot be loaded: {reason.partition('. ')[0]}") from error
-        keys = "model.path or model.attn_implementation" if "attn_implementation" in kwargs else (
-            "model.path")
-        raise ValueError(f"{keys}: cannot load {path}: {reason[:500]}") from error
+        attention = kwargs.get("attn_implementation")
+        keys = f"model.path or model.attn_implementation={attention}" if attention else "model.path"
+        hint = "; auto takes an attention that the model supports" * bool(attention)
+        raise ValueError(f"{keys}: cannot load {path}: {reason[:500]}{hint}") from error
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:
-    """The model, without dropout: the trained policy must be the one that was sampled from."""
-    model_config = load_pretrained(AutoConfig, config.model.path)
+    """The model, without dropout: the trained policy must be the one that was sampled from. Of a
+    vision-language model, the language part.
+
+    Raises ValueError if it is no causal language model, or the checkpoint lacks some weights.
+    """
+    path = config.model.path
+    whole = load_pretrained(AutoConfig, path)
+    model_config, renamed = whole.get_text_config(decoder=True), None
+    if whole.is_encoder_decoder or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model.path: transformers has no causal language model of the kind of "
+                         f"{path} ({model_config.model_type})")
+    if model_config is not whole:
+        model_config.tie_word_embeddings = whole.tie_word_embeddings
+        renamed = LANGUAGE_PART
     for name, value in model_config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(model_config, name, 0.0)
@@ -144,12 +165,42 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     positions = getattr(model_config, "max_position_embeddings", longest)
     if longest > positions:
         raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
-                         f"but {config.model.path} has {positions} positions")
-    model = load_pretrained(AutoModelForCausalLM, config.model.path, config=model_config,
-                            dtype=getattr(torch, config.model.dtype),
-                            attn_implementation=config.model.attn_implementation)
+                         f"but {path} has {positions} positions")
+    model, report = load_pretrained(
+        AutoModelForCausalLM, path, config=model_config, dtype=getattr(torch, config.model.dtype),
+        attn_implementation=named_attention(config), key_mapping=renamed, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"model.path: {path} lacks {len(report['missing_keys'])} weights of "
+                         f"{type(model).__name__}, {min(report['missing_keys'])} among them")
+    if renamed:  # save_pretrained would try to undo it
+        model._weight_conversions = None
+    half = config.mixed_precision != "no" or config.model.dtype != "float32"
+    if (config.model.attn_implementation == "auto" and half and torch.cuda.is_available()
+            and is_flash_attn_2_available() and model._supports_flash_attn):
+        model.set_attn_implementation("flash_attention_2")
     enable_packing(model)
     return model
+
+
+def describe_model(config: SimpleNamespace, model: torch.nn.Module) -> str:
+    """A line about the model. Raises ValueError if it lacks the routers that a key is for."""
+    attention = model.config._attn_implementation.replace(BLOCK_SDPA, "sdpa")
+    text = (f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f}M parameters, attention "
+            f"{attention}, {'packed' if packing_kind(model) else 'padded'} rows")
+    coef, routers = config.actor.router_aux_loss_coef, find_routers(model)
+    if routers:
+        own = getattr(model.config, "router_aux_loss_coef", "none")
+        text += f", load-balancing loss of its experts times {coef} (the model's own: {own})"
+    elif coef:
+        raise ValueError(f"actor.router_aux_loss_coef={coef}: {type(model).__name__} has no router "
+                         "of experts; set it to 0")
+    return text
+
+
+def named_attention(config: SimpleNamespace) -> str | None:
+    """`model.attn_implementation`; None for auto: transformers takes sdpa if the model has it."""
+    attention = config.model.attn_implementation
+    return None if attention == "auto" else attention
 
 
 def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
@@ -176,6 +227,9 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     if tp_size > 1:
         raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several "
                          "processes; set it to 1")
+    if not policy._supports_default_dynamic_cache():
+        raise ValueError(f"model.path: {type(policy).__name__} has a cache of a kind of its own, "
+                         "which rollout.backend=transformers cannot use")
     sharded = is_sharded(accelerator)
     rollout_model = copy_without_weights(policy, config, accelerator.device) if sharded else policy
     return transformers_engine(rollout_model, tokenizer, accelerator.autocast,
@@ -189,7 +243,7 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
     with device:
         model = AutoModelForCausalLM.from_config(
             deepcopy(policy.config), dtype=dtype,
-            attn_implementation=config.model.attn_implementation)
+            attn_implementation=named_attention(config))
     model.generation_config = policy.generation_config
     return model.requires_grad_(False)
 

@@ -29,7 +29,7 @@ def test_a_misspelt_key_is_one_line_before_anything_is_loaded(start, tmp_path, m
 def test_a_broken_weights_file_is_one_line(start, tmp_path):
     shutil.copytree(ROOT / "toy/base", tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match="error: model.path or model.attn_implementation: cannot load .*broken: "):
+    with pytest.raises(SystemExit, match="error: model.path: cannot load .*broken: "):
         start(f"model.path={tmp_path / 'broken'}")
 
 
@@ -73,7 +73,7 @@ def write_reward(tmp_path, body):
         (["model.path=nowhere"], "error: model.path: nowhere "),
         (["model.path=owner/nowhere"], "error: model.path: .*owner/nowhere"),
         (["model.path=toy"], "error: model.path: cannot load toy"),
-        (["model.attn_implementation=fast"], "error: model.path or model.attn_implementation: cannot load toy/base"),
+        (["model.attn_implementation=fast"], "error: model.path or model.attn_implementation=fast: cannot load toy/base"),
         (
             ["reward.name=maths"],
             "error: reward.name: 'maths' is neither math, math_strict_box, math_verify nor",
