@@ -194,8 +194,8 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
     cache = DynamicCache(config=model.config)
-    state_only = "cache_params" in signature(model.forward).parameters  # Mamba's name for the cache
-    caching = {"cache_params" if state_only else "past_key_values": cache, "use_cache": True}
+    is_mamba = "cache_params" in signature(model.forward).parameters  # its name for the cache
+    caching = {"cache_params" if is_mamba else "past_key_values": cache, "use_cache": True}
     logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=1,
                    position_ids=(mask.cumsum(1) - 1).clamp(min=0), **caching).logits[:, -1]
     repeated = torch.arange(size, device=device) // n
@@ -224,8 +224,7 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
             rows, token = rows[keep], token[keep]
             cache.reorder_cache(keep.nonzero().squeeze(1))
         logits = model(input_ids=token[:, None], position_ids=(lengths[rows] + t)[:, None],
-                       attention_mask=None if state_only else mask[rows, :ids.shape[1] + t + 1],
-                       **caching).logits[:, -1]
+                       attention_mask=mask[rows, :ids.shape[1] + t + 1], **caching).logits[:, -1]
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
     return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
             in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]

@@ -246,20 +246,22 @@ def test_an_attention_that_the_model_lacks_is_named_with_what_to_do(tmp_path, to
 # ---- mixtures of experts ----
 
 def test_the_load_balancing_loss_is_off_or_on_by_its_key(tmp_path, tokenizer, make_state, capsys):
-    """Its gradient reaches the routers, and does not depend on how the mini-batch is split."""
+    """Its gradient reaches the routers, and depends neither on the split nor on padding."""
     path = make_family("qwen3_moe", tokenizer, tmp_path / "base", router_aux_loss_coef=0.002)
-    gradients = {}
-    for coef, max_tokens in ((0, 10_000), (0.5, 10_000), (0.5, 120)):
+
+    def find_gradient(coef, max_tokens=10_000, attention="auto"):
         state, prompts = make_state(f"model.path={path}", f"actor.router_aux_loss_coef={coef}",
+                                    f"model.attn_implementation={attention}",
                                     f"actor.max_tokens_per_micro_batch={max_tokens}")
         found, metrics = gradient(state, make_mini_batch(state, prompts))
-        gradients[coef, max_tokens] = found
         assert ("actor/router_aux_loss" in metrics) == (coef > 0)
-        assert (f"load-balancing loss of its experts times {float(coef)} (the model's own: 0.002)"
+        assert (f"load-balancing loss of its experts times {coef} (the model's own: 0.002)"
                 in capsys.readouterr().out)
-    whole, parts = gradients[0.5, 10_000], gradients[0.5, 120]
-    assert (whole - parts).norm() < 1e-4 * whole.norm()
-    assert (whole - gradients[0, 10_000]).norm() > 0.01 * whole.norm()
+        return found
+    whole = find_gradient(0.5)
+    for same in (find_gradient(0.5, 120), find_gradient(0.5, 120, "eager")):
+        assert (whole - same).norm() < 1e-4 * whole.norm()
+    assert (whole - find_gradient(0.0)).norm() > 0.01 * whole.norm()
 
 
 def test_the_load_balancing_loss_of_one_sequence_and_layer_is_transformers_own(
