@@ -224,7 +224,8 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
             rows, token = rows[keep], token[keep]
             cache.reorder_cache(keep.nonzero().squeeze(1))
         logits = model(input_ids=token[:, None], position_ids=(lengths[rows] + t)[:, None],
-                       attention_mask=mask[rows, :ids.shape[1] + t + 1], **caching).logits[:, -1]
+                       attention_mask=None if is_mamba else mask[rows, :ids.shape[1] + t + 1],
+                       **caching).logits[:, -1]
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
     return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
             in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]
