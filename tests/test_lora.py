@@ -1,5 +1,6 @@
 """LoRA: only adapters are trained and saved, and whoever asks for the weights gets merged ones."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import infra.setup
@@ -234,6 +236,8 @@ def test_model_is_the_merged_one_and_adapter_loads_with_peft(saved):
         for key, weight in loaded.state_dict().items():
             assert torch.allclose(weight, merged[key], atol=1e-7)
             assert torch.equal(merged[key], before[key]) != ("proj" in key)
+    saved_keys = load_file(run_dir / "adapter/adapter_model.safetensors").keys()
+    assert {key.partition(".lora_")[2] for key in saved_keys} == {"A.weight", "B.weight"}
     keys = dcp.FileSystemReader(run_dir / "checkpoints/step_00002").read_metadata()
     assert {key.split(".")[0] for key in keys.state_dict_metadata} == {"policy", "optimizer"}
     assert all("lora_" in key or "param_groups" in key for key in keys.state_dict_metadata)
@@ -247,6 +251,8 @@ def test_a_lora_run_resumes_as_if_it_had_not_been_interrupted(start, saved, tmp_
     assert run_differences(saved, resumed) == []
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (saved / "adapter" / name).read_bytes() == (resumed / "adapter" / name).read_bytes()
+    targets = json.loads((saved / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)  # not those of a set, in an order of this process
 
 
 def test_another_rank_is_another_run_and_no_branch_of_this_one(start, saved, tmp_path):
