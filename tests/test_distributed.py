@@ -196,8 +196,9 @@ def test_the_uneven_case_is_uneven(one_process):
 
 
 @pytest.mark.slow
-def test_one_process_resumes_what_two_have_saved(tmp_path, start):
-    common = [*TINY, "save_every=1", "val.file="]
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_one_process_resumes_what_two_have_saved(tmp_path, start, lora_rank):
+    common = [*TINY, "save_every=1", "val.file=", f"model.lora_rank={lora_rank}"]
     run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config",
                 "config.yaml", f"run_dir={tmp_path / 'run'}", *common, "total_training_steps=1"])
     both = start(*common, "total_training_steps=2").rename(tmp_path / "both")
