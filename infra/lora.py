@@ -69,7 +69,7 @@ def find_targets(policy: torch.nn.Module, names: str) -> list[str]:
             if _without_expert_names(policy, found) != found:
                 raise ValueError(f"model.lora_target: peft takes {part} for the fused experts, "
                                  "which are not linear layers: leave it out")
-            targets += found
+            targets += [name for name in found if name not in targets]
     if not targets:
         raise ValueError(f"model.lora_target={names!r} names no layer. {_linear_layers(policy)}")
     return targets

@@ -94,7 +94,7 @@ def test_a_target_that_does_not_fit_ends_in_one_line(start, target, message):
 
 
 def test_named_layers_only(model):
-    assert make_lora(model, "v_proj,layers.1.mlp.up_proj").startswith("LoRA: 3 layers ")
+    assert make_lora(model, "v_proj,layers.1.mlp.up_proj,1.mlp.up_proj").startswith("LoRA: 3 layers ")
     layers = {name.partition(".lora_")[0] for name in adapters(model)}
     assert layers == {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj",
                       "model.layers.1.mlp.up_proj"}
