@@ -26,14 +26,16 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 
 from evaluate import Evaluation, Evaluations
 from infra.config import config_diff, flatten, load_config
 from infra.data import Prompt
 from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.logprobs import check_weight_sync
+from infra.lora import full_adapters, save_adapter
 from infra.setup import TrainState, sync_weights
 from plot import plot_runs, read_metrics
 
@@ -151,6 +153,9 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
                       "changed": config_diff(metadata["config"], config)}
             changed = ", ".join(branch["changed"]) or "the same config"
             accelerator.print(f"branching off {path}: {changed}")
+            if "model.lora_" in changed:
+                raise OSError(f"resume: {path} has other adapters ({changed}): undo that, or train "
+                              "the model that its run exported: model.path")
         elif metadata["data"] != identity["data"]:
             raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
                           "another run_dir")
@@ -217,21 +222,24 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
 # ---- what a run saves ----------------------------------------------------------------------------
 
 def save_model(state: TrainState, name: str) -> None:
-    """Write policy and tokenizer to `run_dir/name`, a transformers directory. Raises OSError."""
+    """Write policy and tokenizer to `run_dir/name`, a transformers directory; with LoRA, the merged
+    model, and the adapter beside it (`adapter/`, `adapter_step_*/`, ...). Raises OSError."""
     run_dir, policy = Path(state.config.run_dir), state.accelerator.unwrap_model(state.policy)
     weights = {}
     for key, weight in iter_full_weights(policy):
         if state.accelerator.is_main_process:
             weights[key] = weight.to("cpu", policy.dtype)
+    adapters = full_adapters(policy)
     with raise_on_all_ranks(f"cannot save {run_dir / name}"):
         if state.accelerator.is_main_process:
             tmp_path = run_dir / f".{name}.partial"
             shutil.rmtree(tmp_path, ignore_errors=True)
             policy.save_pretrained(tmp_path, state_dict=weights)
             state.tokenizer.save_pretrained(tmp_path)
-            for file in tmp_path.iterdir():
-                file.chmod(0o644)  # safetensors makes weights readable by their owner only
             replace_dir(tmp_path, run_dir / name)
+            if adapters:
+                save_adapter(policy, adapters, tmp_path)
+                replace_dir(tmp_path, run_dir / name.replace("model", "adapter"))
 
 
 def save_after_failure(state: TrainState) -> str:
@@ -362,14 +370,18 @@ def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> 
         trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
         state_dict = _state_dict(policy, optimizer, trained)
         dcp.load(state_dict, checkpoint_id=path, no_dist=not is_sharded(accelerator))
-        set_model_state_dict(policy, state_dict["policy"])
+        set_model_state_dict(policy, state_dict["policy"], options=StateDictOptions(strict=False))
         if trained:
             set_optimizer_state_dict(policy, optimizer, state_dict["optimizer"])
 
 
 def _state_dict(policy, optimizer, trained: bool) -> dict:
-    """What a checkpoint holds. To read the state of an untrained optimizer, torch would step it."""
-    state_dict = {"policy": get_model_state_dict(policy)}
+    """What a checkpoint holds: nothing that is frozen. To read the state of an untrained optimizer,
+    torch would step it."""
+    weights = getattr(policy, "module", policy).named_parameters(remove_duplicate=False)
+    frozen = {name for name, weight in weights if not weight.requires_grad}
+    state_dict = {"policy": {name: value for name, value in get_model_state_dict(policy).items()
+                             if name not in frozen}}
     if trained:
         state_dict["optimizer"] = get_optimizer_state_dict(policy, optimizer)
     return state_dict
@@ -407,5 +419,8 @@ def write_atomic(file: Path, text: str) -> None:
 
 def replace_dir(tmp_path: Path, path: Path) -> None:
     """Move a complete directory to `path`; an older one there is removed."""
+    for file in tmp_path.iterdir():
+        if file.suffix == ".safetensors":
+            file.chmod(0o644)  # safetensors makes weights readable by their owner only
     shutil.rmtree(path, ignore_errors=True)
     tmp_path.rename(path)

@@ -66,18 +66,25 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+@torch.no_grad()
 def iter_full_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each weight, whole, one at a time; collective if the policy is sharded.
 
-    `tied`: a weight with several names comes under each of them.
+    LoRA's adapters are merged, and the names are those of the model without them. `tied`: a weight
+    with several names comes under each of them.
     """
     seen = set()
     for name, weight in policy.state_dict(keep_vars=True).items():
-        if id(weight) in seen and not tied:
+        if (id(weight) in seen and not tied) or ".lora_" in name:
             continue
         seen.add(id(weight))
         weight = weight.detach()
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        layer, found, _ = name.partition(".base_layer.weight")  # peft's name of what has adapters
+        if found:  # their product is in float32
+            delta = policy.get_submodule(layer).get_delta_weight("default")
+            weight = (weight + delta).to(weight.dtype)
+        yield (name.replace(".base_layer.", "."),
+               weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def check_weight_sync(state: TrainState, prompts: list) -> None:
     difference = mean_difference()
     if packing_kind(state.policy) == "blocks" and difference > logprob_tolerance(config):
         for model in filter(None, (state.policy, state.reference)):
-            disable_packing(accelerator.unwrap_model(model))
+            disable_packing(model)
         difference = mean_difference()
         accelerator.print("packed rows change this model's log-probs: it is trained on padded rows")
     check_logprob_mismatch(state, 0, difference)

@@ -45,7 +45,7 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 def disable_packing(model: PreTrainedModel) -> None:
     """Train on padded rows."""
-    model.set_attn_implementation("sdpa")
+    getattr(model, "module", model).set_attn_implementation("sdpa")
 
 
 def packing_kind(model: torch.nn.Module) -> str:

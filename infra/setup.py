@@ -25,6 +25,7 @@ from infra.config import one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
+from infra.lora import BasePolicy, add_adapters
 from infra.packing import BLOCK_SDPA, enable_packing, packing_kind
 from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
@@ -67,17 +68,23 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
                              config.reward.timeout, examples)
         policy = load_model(config)
         accelerator.print(describe_model(config, policy))
+        if training and config.model.lora_rank:
+            accelerator.print(add_adapters(config, policy))
         for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
             accelerator.print(f"warning: {warning}")
         reference = None
-        if config.algorithm.use_kl_in_reward or config.actor.use_kl_loss:
+        has_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
+        if has_kl and config.model.lora_rank:
+            reference = BasePolicy(policy)
+        elif has_kl:
             reference = load_model(config).requires_grad_(False)
             reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
                          else reference.to(accelerator.device))
         if config.model.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
         engine = make_engine(config, accelerator, policy, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr,
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.actor.lr,
                                   weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
     # Accelerate's wrapper would copy the model's output to float32.
@@ -211,7 +218,8 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     stop_ids = stop_token_ids(policy, tokenizer)
     if config.rollout.mode == "server":
         from infra.vllm_server import server_engine
-        shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
+        shapes = {name: tuple(weight.shape)
+                  for name, weight in iter_full_weights(policy, tied=True)}
         return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
     installed = find_spec("vllm") is not None
     if backend == "vllm" and not installed:

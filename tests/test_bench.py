@@ -24,6 +24,7 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
                  "the same to the bit"),
     "kill_resume": (["--kills", "1", *TINY, "val.file="], "differences (goal: 1 and 0)"),
     "logprob_memory": (["--tokens", "64", "--vocabulary", "512", "--rounds", "1"], "(goal 1.3)"),
+    "lora": ([*TINY, "--seeds", "0"], "goals: LoRA's accuracy"),
     "memory": ([], "goal: ratios within"),
     "rollout_vs_generate": (["--rounds", "1", "--n", "2", "--prompts", "2", "--max-tokens", "8",
                              "--random-prompts", "2", "--random-max-tokens", "8"], "(goal 1.5)"),

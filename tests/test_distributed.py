@@ -160,6 +160,7 @@ def assert_alike(one, other):
         clear = np.abs(gradients).min(axis=0) > 1e-5 * np.abs(gradients).max()
         apart = np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"])
         assert clear.mean() > 0.5 and apart[clear].max() < 1e-5 and apart.max() < 1e-4
+        assert np.abs(one[f"{mode}/merged"] - other[f"{mode}/merged"]).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -182,6 +183,7 @@ def test_a_sharded_policy_is_the_same_policy(one_process, tmp_path):
         assert not one_process[f"{mode}/sharded"]
     assert sharded["shards"] == 2 and sharded["restored"] and sharded["exported"]
     assert sharded["intact"] and "__1_0.distcp" in str(sharded["missing"])
+    assert sharded["lora_shards"] == 2 and sharded["lora_restored"] and sharded["lora_exported"]
 
 
 @pytest.mark.slow
@@ -194,8 +196,9 @@ def test_the_uneven_case_is_uneven(one_process):
 
 
 @pytest.mark.slow
-def test_one_process_resumes_what_two_have_saved(tmp_path, start):
-    common = [*TINY, "save_every=1", "val.file="]
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_one_process_resumes_what_two_have_saved(tmp_path, start, lora_rank):
+    common = [*TINY, "save_every=1", "val.file=", f"model.lora_rank={lora_rank}"]
     run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config",
                 "config.yaml", f"run_dir={tmp_path / 'run'}", *common, "total_training_steps=1"])
     both = start(*common, "total_training_steps=2").rename(tmp_path / "both")

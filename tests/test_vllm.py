@@ -67,6 +67,12 @@ def test_a_sync_that_is_left_out_in_training_is_an_error(engine, tmp_path):
                    "total_training_steps=5")
 
 
+def test_loras_adapters_reach_vllm_merged(engine, tmp_path):
+    rows = train_here(engine, tmp_path / "run", *COMMON, "model.lora_rank=4", "actor.lr=0.01",
+                      "total_training_steps=3")
+    assert len(rows) == 3 and all(row["actor/mismatch_abs"] < 1e-4 for row in rows)
+
+
 def test_the_same_seed_gives_the_same_responses_however_they_are_batched(vllm_state):
     state, prompts = vllm_state
     groups = generate(state, prompts)

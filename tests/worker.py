@@ -1,4 +1,4 @@
-"""What test_distributed.py starts in several processes: two steps in every loss_agg_mode.
+"""What test_distributed.py starts in several processes: two steps in every loss_agg_mode, and more.
 
     worker.py OUT [sharded]      OUT holds, for each mode, what was kept, trained on and learned
 """
@@ -27,7 +27,8 @@ from infra.distributed import iter_full_weights  # noqa: E402
 from infra.packing import packing_kind  # noqa: E402
 from infra.setup import setup, sync_weights  # noqa: E402
 
-MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven"]
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven", "lora"]
+LORA = ["model.lora_rank=4", "actor.lr=1e-3"]
 SMALL = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4", "val.file=",
          "actor.ppo_mini_batch_size=8", "actor.max_tokens_per_micro_batch=150"]
 
@@ -62,12 +63,21 @@ def whole(tensor) -> np.ndarray:
 
 
 def policy_weights(state) -> np.ndarray:
-    policy = state.accelerator.unwrap_model(state.policy)
-    return np.concatenate([whole(weight) for _, weight in iter_full_weights(policy)])
+    """Those that are trained."""
+    return np.concatenate([whole(weight) for weight in state.policy.parameters()
+                           if weight.requires_grad])
+
+
+def merged_weights(model) -> np.ndarray:
+    """What an engine gets: all weights, with LoRA's adapters merged."""
+    return np.concatenate([whole(weight) for _, weight in iter_full_weights(model)])
 
 
 def make_state(*overrides: str):
     state, data = setup(load_config("config.yaml", [*SMALL, *overrides]))
+    for name, weight in state.policy.named_parameters():
+        if "lora_B" in name:  # 0 at first, and so is the gradient of the others
+            weight.data.fill_(0.01)
     sync_weights(state)
     return state, data
 
@@ -92,13 +102,14 @@ def train(state, data, steps) -> dict:
 
 def two_steps(mode: str) -> dict[str, np.ndarray]:
     """The results of training in a mode, with the gradient of each optimizer step."""
-    state, data = make_state(*[] if mode == "uneven" else [f"actor.loss_agg_mode={mode}"])
+    overrides = {"uneven": [], "lora": [*LORA, "actor.use_kl_loss=true", "actor.kl_loss_coef=1"]}
+    state, data = make_state(*overrides.get(mode, [f"actor.loss_agg_mode={mode}"]))
     accelerator, gradients = state.accelerator, []
     clip, rollout_model = accelerator.clip_grad_norm_, state.engine.generate.args[0]
 
     def keep_gradients(parameters, bound):
         parameters = list(parameters)
-        gradients.append(np.concatenate([whole(p.grad) for p in parameters]))
+        gradients.append(np.concatenate([whole(p.grad) for p in parameters if p.requires_grad]))
         return clip(parameters, bound)
 
     accelerator.clip_grad_norm_ = keep_gradients
@@ -108,26 +119,26 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
         state = replace(state, engine=replace(state.engine, generate=generate))
     results = train(state, data, steps=2)
     results.pop("progress")
-    policy, copies = accelerator.unwrap_model(state.policy), rollout_model.state_dict()
+    policy = accelerator.unwrap_model(state.policy)
     sharded = (all(isinstance(p, DTensor) for p in policy.parameters()) and accelerator.is_fsdp2
                and state.engine.has_own_weights and rollout_model is not policy
                and packing_kind(state.policy) == "blocks")
-    synced = all(np.array_equal(whole(copies[name]), whole(weight))
-                 for name, weight in iter_full_weights(policy))
+    merged = merged_weights(policy)
     return {**results, "gradients": np.stack(gradients), "weights": policy_weights(state),
-            "sharded": sharded, "synced": synced}
+            "merged": merged, "sharded": sharded,
+            "synced": np.array_equal(merged, merged_weights(rollout_model))}
 
 
 def moments(state) -> list[np.ndarray]:
     """AdamW's state of all parameters."""
     optimizer = state.optimizer.optimizer
-    return [whole(value) for p in state.policy.parameters()
+    return [whole(value) for p in state.policy.parameters() if p.requires_grad
             for value in optimizer.state[p].values()]
 
 
-def round_trip(run_dir: str) -> dict:
+def round_trip(run_dir: str, *overrides: str) -> dict:
     """A sharded run trains a step, is saved, exported, and read again; then a shard is missing."""
-    state, data = make_state(f"run_dir={run_dir}")
+    state, data = make_state(f"run_dir={run_dir}", *overrides)
     accelerator = state.accelerator
     if accelerator.is_main_process:
         Path(run_dir).mkdir()
@@ -136,18 +147,18 @@ def round_trip(run_dir: str) -> dict:
     save_checkpoint(state, progress)
     save_model(state, "model")
     (path,) = Path(run_dir, "checkpoints").iterdir()
-    other, _ = make_state(f"run_dir={run_dir}")
+    other, _ = make_state(f"run_dir={run_dir}", *overrides)
     weights, before = policy_weights(state), policy_weights(other)
     load_checkpoint(accelerator, other.policy, other.optimizer.optimizer, path)
     pairs = list(zip(moments(state), moments(other), strict=True))
-    exported = AutoModelForCausalLM.from_pretrained(Path(run_dir, "model")).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(Path(run_dir, "model"))
     result = {
         "shards": len(list(path.glob("*.distcp"))),
         "restored": np.array_equal(weights, policy_weights(other)) and bool(pairs)
                     and not np.array_equal(weights, before)
                     and all(np.array_equal(a, b) for a, b in pairs),
-        "exported": all(np.array_equal(whole(exported[name]), whole(weight)) for name, weight
-                        in iter_full_weights(accelerator.unwrap_model(state.policy))),
+        "exported": np.array_equal(merged_weights(exported),
+                                   merged_weights(accelerator.unwrap_model(state.policy))),
         "intact": find_corruption(accelerator, path) == ""}
     if accelerator.is_main_process:
         (path / "__1_0.distcp").unlink()
@@ -164,6 +175,8 @@ def main() -> None:
         results |= {f"{mode}/{name}": value for name, value in two_steps(mode).items()}
     if sharded:
         results |= round_trip(f"{out}.run")
+        of_lora = round_trip(f"{out}.lora", *LORA, "model.dtype=bfloat16")
+        results |= {f"lora_{name}": value for name, value in of_lora.items()}
     accelerator = Accelerator(cpu=True)
     if accelerator.is_main_process:
         np.savez(out, world=accelerator.num_processes, **results)
