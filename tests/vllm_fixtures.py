@@ -62,7 +62,7 @@ def using(engine, *argv):
     arguments `argv`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", list(argv))
+        patch.setattr(sys, "argv", list(argv) or sys.argv)
         if engine:
             patch.setattr(infra.vllm_engine, "vllm_engine", lambda *_: engine)
         patch.setattr(Accelerator, "end_training", lambda _: None)  # would end vLLM's process group
