@@ -17,9 +17,7 @@ from vllm_fixtures import (
     assert_each_sync_arrives,
     assert_same,
     generate,
-    make_model,
     make_state,
-    mean_difference,
     read_metrics,
     read_rollouts,
     token_ids,
@@ -122,50 +120,6 @@ def test_evaluate_generates_with_the_model_that_it_is_given(vllm_state, engine, 
     assert 0.15 < float(accuracy) < 0.4  # the base model's, not noise's
 
 
-@pytest.mark.parametrize("kind, precision, limit", [
-    ("qwen3", "no", 1e-4), ("qwen3_moe", "no", 1e-4), ("qwen3_5_text", "bf16", 0.03),
-    ("vision", "bf16", 0.03)])
-def test_other_kinds_of_models_train_and_each_sync_arrives(kind, precision, limit, tokenizer,
-                                                           tmp_path):
-    """A mixture of experts, a hybrid, the language part of a vision-language checkpoint: log-probs
-    agree before the first update and after each of three. Weights that change as much as between
-    other runs would be noticed."""
-    if precision == "bf16":
-        pytest.importorskip("torchvision", reason="vLLM imports it for Qwen3.5")
-    path = make_model(kind, tokenizer, tmp_path / "base")
-    options = [f"model.path={path}", f"mixed_precision={precision}", "val.file="]
-    rows = train_here(None, tmp_path / "run", *COMMON, *options, "filter_groups.enable=false",
-                      "actor.entropy_coeff=1", "actor.lr=0.003", "total_training_steps=4")
-    assert len(rows) == 4
-    assert all(row["actor/mismatch_abs"] < limit and row["actor/grad_norm"] > 0 for row in rows)
-
-
-@pytest.mark.parametrize("kind, precision", [("qwen3_moe", "no"), ("vision", "bf16")])
-def test_a_sync_of_other_kinds_of_models_replaces_every_weight(kind, precision, tokenizer,
-                                                               tmp_path):
-    if precision == "bf16":
-        pytest.importorskip("torchvision", reason="vLLM imports it for Qwen3.5")
-    path = make_model(kind, tokenizer, tmp_path / "base")
-    with using(None):
-        state, prompts = make_state(tmp_path / "run", *VLLM, f"model.path={path}",
-                                    f"mixed_precision={precision}")
-        if precision == "bf16":
-            assert_each_sync_arrives(state, prompts, mean_difference, 0.03)
-        else:
-            assert_each_sync_arrives(state, prompts)
-        state.engine.close()
-
-
-def test_on_a_cpu_a_hybrid_needs_bfloat16_and_says_so(tokenizer, tmp_path):
-    pytest.importorskip("torchvision", reason="vLLM imports it for Qwen3.5")
-    if torch.cuda.is_available():
-        pytest.skip("vLLM's kernels for GPUs compute hybrids in float32 too")
-    path = make_model("qwen3_5_text", tokenizer, tmp_path / "base")
-    message = "rollout.backend: vLLM cannot run this model: CPU GDN attention requires BF16"
-    with pytest.raises(SystemExit, match=message):
-        train_here(None, tmp_path / "run", *COMMON, f"model.path={path}")
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda weights: {f"other.{name}": weight for name, weight in weights.items()},
      "LlamaForCausalLM of vLLM cannot take the policy's weights: There is no module or parameter "
@@ -181,17 +135,6 @@ def test_a_weight_that_the_sync_does_not_find_is_named(change, message, vllm_sta
         state.engine.sync(weights.items())
     sync_weights(state)
     assert_same(*[generate(state, prompts[:2])] * 2)
-
-
-def test_in_bfloat16_log_probs_agree_better_with_a_float32_head(tokenizer, tmp_path):
-    differences = []
-    for key in ("true", "false"):
-        with using(None):
-            state, prompts = make_state(tmp_path / "run", *VLLM, "mixed_precision=bf16",
-                                        f"rollout.fp32_head={key}")
-            differences.append(mean_difference(state, prompts))
-            state.engine.close()
-    assert 0 < differences[0] < 0.5 * differences[1]
 
 
 def without_times(row):
