@@ -51,7 +51,7 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
         llm = LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
                   max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
                   tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
-                  hf_overrides=partial(language_config, policy, fp32_head),
+                  hf_overrides=partial(language_config, policy.config, fp32_head),
                   logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it
         raise ValueError(f"rollout.backend: vLLM does not start: {error} "
@@ -72,11 +72,11 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                   sleep=sleep, close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
 
 
-def language_config(policy, fp32_head: bool, found):
+def language_config(policy_config, fp32_head: bool, found):
     """The model's config for vLLM, which has `found` this one. That of a vision-language model
     becomes that of its language part, the policy, so that weights have the same names."""
-    if found.model_type != policy.config.model_type:
-        found = deepcopy(policy.config)
+    if found.model_type != policy_config.model_type:
+        found = deepcopy(policy_config)
         found.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(found)].__name__]
     if fp32_head:
         found.head_dtype = "float32"
