@@ -13,7 +13,7 @@ python3 -c 'import torch, transformers, accelerate; print("torch", torch.__versi
 check() {  # a name, then a command: its output to a file, and one line of result
   local name=$1 start=$SECONDS
   shift
-  timeout 300 "$@" > "$out/$name.log" 2>&1
+  timeout "${limit:-300}" "$@" > "$out/$name.log" 2>&1
   echo "$name: exit $?, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }
 train() {  # a name, launcher options, --, overrides
@@ -28,6 +28,7 @@ for bench in logprob_memory update_gpu update_vs_bare rollout_vs_generate scalin
 done
 small="val.max_prompts=50 actor.max_tokens_per_micro_batch=8192"
 check memory python3 bench/memory.py
+limit=1500 check mismatch python3 bench/mismatch.py --model 0.5B 1.5B --tokens 512
 train plain --num_processes 1 -- run_dir="$scratch/plain" total_training_steps=10 save_every=5 $small
 train fsdp2 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=5 save_every=5 $small
 train fsdp2_resumed --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=10 save_every=5 $small

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
 from infra.packing import disable_packing, packing_kind
+from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
 from infra.setup import TrainState
 from rollout import SamplingParams, generate
 from sampling import Sample
@@ -59,7 +60,8 @@ def response_logprobs(model: torch.nn.Module, batch: dict,
         nonlocal made
         hidden = hidden.flatten(0, 1).index_select(0, batch["logit_positions"])  # (N, H)
         if not fused:
-            return type(head).forward(head, hidden[None])  # (1, N, V)
+            forward = linear_fp32 if type(head) is torch.nn.Linear else type(head).forward
+            return forward(head, hidden[None])  # (1, N, V)
         made = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
         return made[0]
 
@@ -85,9 +87,7 @@ def response_logprobs(model: torch.nn.Module, batch: dict,
 def fused_linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor,
                           temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs(hidden @ weight.T, tokens)` in chunks: (N, H), (V, H), (N,) -> (N,), (N,)."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = round_like_autocast(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature)
 
@@ -147,13 +147,6 @@ class FusedLinearLogprobs(torch.autograd.Function):
 def _chunks(weight: Tensor, *tensors: Tensor):
     size = max(1, (4 if weight.is_cuda else 1) * CHUNK_ELEMENTS // len(weight))
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 or wider, also for bfloat16."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b if a.dtype in (torch.float32, torch.float64) else (a @ b).float()
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor,

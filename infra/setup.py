@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -21,12 +22,13 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
                           AutoTokenizer)
 from transformers.utils import is_flash_attn_2_available
 
-from infra.config import one_line_errors, split_list
+from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
 from infra.packing import BLOCK_SDPA, enable_packing, packing_kind
+from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
 
@@ -231,7 +233,7 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
             raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
                              f"of processes, {accelerator.num_processes}")
         from infra.vllm_engine import vllm_engine
-        return vllm_engine(config, accelerator, tokenizer, stop_ids)
+        return vllm_engine(config, accelerator, tokenizer, stop_ids, policy)
     if tp_size > 1:
         raise ValueError("rollout.tensor_parallel_size: only vllm has engines of several "
                          "processes; set it to 1")
@@ -240,7 +242,10 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
                          "which rollout.backend=transformers cannot use")
     sharded = is_sharded(accelerator)
     rollout_model = copy_without_weights(policy, config, accelerator.device) if sharded else policy
-    return transformers_engine(rollout_model, tokenizer, accelerator.autocast,
+    autocast = accelerator.autocast
+    if config.rollout.fp32_head and compute_dtype(config) != "float32":
+        autocast = partial(fp32_head, rollout_model, autocast)
+    return transformers_engine(rollout_model, tokenizer, autocast,
                                config.rollout.max_num_seqs, has_own_weights=sharded)
 
 

@@ -7,22 +7,26 @@ the new weights, then allocates the cache again.
 
 import os
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from infra.config import compute_dtype
 from rollout import Engine, Response, SamplingParams, make_responses, request_seed
 
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
-                stop_ids: list[int]) -> Engine:
+                stop_ids: list[int], policy) -> Engine:
     """An `Engine` backed by vLLM in this process, with random weights until its first `sync`.
 
-    Raises ValueError if vLLM does not start.
+    Raises ValueError if vLLM does not start, or cannot take the policy's weights.
     """
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process
                       VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
@@ -30,50 +34,99 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
     from vllm import LLM  # reads the environment when it is imported
     rollout = config.rollout
     max_len = config.data.max_prompt_length + config.data.max_response_length
-    options = {"enable_sleep_mode": True, "gpu_memory_utilization": rollout.gpu_memory_utilization}
-    if accelerator.device.type == "cpu":  # where chunked prefill fails with seeds
+    options = {"enable_sleep_mode": True, "enable_prefix_caching": True,
+               "gpu_memory_utilization": rollout.gpu_memory_utilization}
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:  # where chunked prefill fails with seeds; without it, recurrent states have no cache
         options = {"enforce_eager": True, "enable_chunked_prefill": False,
+                   "enable_prefix_caching": not policy._is_stateful,
                    "max_num_batched_tokens": max(8192, max_len), "kv_cache_memory_bytes": 2**29}
     if accelerator.num_processes > 1:
         options["distributed_executor_backend"] = "external_launcher"
-    dtype = "bfloat16" if config.mixed_precision == "bf16" else config.model.dtype
+    dtype = compute_dtype(config)
+    fp32_head = rollout.fp32_head and dtype != "float32"
     try:
         for file in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # left by an earlier run on a CPU:
             file.unlink(missing_ok=True)                      # vLLM would not start
         llm = LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
                   max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
                   tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
-                  enable_prefix_caching=True, logprobs_mode="processed_logprobs",
-                  disable_log_stats=True, **options)
+                  hf_overrides=partial(language_config, policy.config, fp32_head),
+                  logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it
         raise ValueError(f"rollout.backend: vLLM does not start: {error} "
                          "(VLLM_LOGGING_LEVEL=INFO shows its log)") from error
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         llm.wake_up(tags=["weights"])  # does nothing if it does not sleep
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        llm.collective_rpc(reload_weights, args=(weights, on_cpu))
         llm.wake_up(tags=["kv_cache"])
         if not llm.reset_prefix_cache():  # its entries are of the old weights
             raise RuntimeError("vLLM did not empty its prefix cache")
 
     def sleep() -> None:
-        if accelerator.device.type != "cpu":
+        if not on_cpu:
             llm.sleep(level=2)  # 2: drop the weights instead of copying them to the CPU
 
     return Engine(generate=partial(generate_in_process, llm, tokenizer, stop_ids), sync=sync,
                   sleep=sleep, close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
 
 
+def language_config(policy_config, fp32_head: bool, found):
+    """The model's config for vLLM, which has `found` this one. That of a vision-language model
+    becomes that of its language part, the policy, so that weights have the same names."""
+    if found.model_type != policy_config.model_type:
+        found = deepcopy(policy_config)
+        found.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(found)].__name__]
+    if fp32_head:
+        found.head_dtype = "float32"
+    return found
+
+
+def reload_weights(worker, weights: Iterable[tuple[str, Tensor]], on_cpu: bool) -> None:
+    """Give the weights to vLLM's worker. Raises ValueError if it does not know one of them, or one
+    of its own is not among them."""
+    model, loaded = worker.get_model(), set()
+    name = f"rollout.backend: {type(model).__name__} of vLLM"
+
+    def load_weights(weights):
+        names = type(model).load_weights(model, weights)
+        loaded.update(own if names is None else names)
+        return names
+
+    own = {name for name, _ in model.named_parameters()}
+    for module in model.modules():
+        if on_cpu and hasattr(module, "moe_kernel"):  # else vLLM 0.32 does not repack experts
+            module.moe_kernel = None
+    model.load_weights = load_weights  # vLLM would only log what is missing
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    except (AttributeError, KeyError, ValueError) as error:
+        reason = str(error).partition(". The available")[0]
+        raise ValueError(f"{name} cannot take the policy's weights: {reason}") from error
+    finally:
+        del model.load_weights
+    if missing := sorted(own - loaded):
+        raise ValueError(f"{name} got no value for {len(missing)} of its {len(own)} weights, "
+                         f"{', '.join(missing[:3])} among them: the policy has none of that name")
+
+
 def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[list[int]],
                         seeds: Sequence[tuple[int, ...]], params: SamplingParams,
                         progress: str = "") -> list[list[Response]]:
-    """`params.n` responses to each prompt; `progress` is unused."""
+    """`params.n` responses to each prompt; `progress` is unused. Raises ValueError if it fails."""
     from vllm import SamplingParams as Request
     from vllm.sampling_params import RequestOutputKind
     shared = {**shared_params(params, stop_ids), "output_kind": RequestOutputKind.FINAL_ONLY,
               "detokenize": False, "flat_logprobs": True}
     requests = [Request(**shared, seed=request_seed(seed)) for seed in seeds]
-    results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests, use_tqdm=False)
+    try:
+        results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests,
+                               use_tqdm=False)
+    except (AssertionError, RuntimeError) as error:  # only now it says what it cannot compute
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"rollout.backend: vLLM cannot run this model: {error}") from error
     rows = []
     for output in (output for result in results for output in result.outputs):
         ids = np.array(output.token_ids, dtype=np.int32)

@@ -95,6 +95,18 @@ def make_state(tmp_path):
     return make_state
 
 
+def mean_mismatch(state, prompts: list[list[int]], groups: list[list[Response]]) -> float:
+    """The mean difference between the trainer's log-probs and those of the sampled responses."""
+    from infra.logprobs import compute_logprobs
+    from sampling import Sample
+    flat = [(ids, response) for ids, group in zip(prompts, groups, strict=True)
+            for response in group]
+    samples = [Sample(ids, response.token_ids, 0.0) for ids, response in flat]
+    theirs = np.concatenate([response.logprobs for _, response in flat])
+    ours = torch.cat(compute_logprobs(state, state.policy, samples)).numpy()
+    return np.abs(ours - theirs).mean().item()
+
+
 class Step(NamedTuple):
     """What `train` handed to `log_step`: of a skipped step all generated groups, and no
     advantages."""

@@ -3,10 +3,12 @@
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import mean_mismatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig,
                           MistralConfig, PhiConfig, Qwen2Config)
@@ -16,6 +18,8 @@ from infra.batching import collate
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, fused_linear_logprobs,
                             response_logprobs, token_logprobs)
 from infra.packing import enable_packing, packing_kind
+from infra.precision import fp32_head
+from rollout import SamplingParams, generate
 from sampling import Sample
 
 
@@ -221,6 +225,46 @@ def test_whatever_a_model_does_to_its_logits_logprobs_are_those_of_each_response
     tokens = sum(len(sample.response_ids) for sample in samples)
     # No prompt and no padding reaches the head.
     assert head_shapes == ([(1, tokens, 97)] * 3 if by_the_model else [])
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "soft-capped", "with a bias"])
+def test_in_bfloat16_sampler_and_trainer_agree_better_with_a_float32_head(name):
+    """The sampler without its cache, on the same rows: the trainer's log-probs to 1e-5, and without
+    the float32 head off by the rounding of its logits. Gradients stay those of bfloat16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name][0]).eval()
+    model.get_output_embeddings().weight.data.mul_(20)  # logits of the size that trained ones have
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    ids = torch.randint(1, 97, (20,))
+    sample = Sample(ids[:5].tolist(), ids[5:].int().numpy(), 1.0)
+    with autocast():
+        trained = response_logprobs(model, collate([sample], 0))[0].squeeze(0)
+    differences = []
+    for context in (fp32_head(model, autocast), autocast()):
+        with torch.no_grad(), context:
+            sampled = model(ids[None]).logits[0, 4:-1].float().log_softmax(-1)
+        sampled = sampled.gather(1, ids[5:, None]).squeeze(1)
+        differences.append((sampled - trained).abs().mean().item())
+    assert differences[0] < 1e-5 and differences[1] > 1e-3
+    trained.sum().backward()
+    weight = model.get_output_embeddings().weight
+    assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_the_samplers_head_is_in_float32_by_its_key_and_only_with_half_precision(precision,
+                                                                                 make_state):
+    differences = []
+    for key in ("true", "false"):
+        state, prompts = make_state(f"mixed_precision={precision}", f"rollout.fp32_head={key}")
+        groups = generate(state, prompts[:8], range(8), "test", SamplingParams(4, 32))
+        ids = [prompt.token_ids for prompt in prompts[:8]]
+        differences.append(mean_mismatch(state, ids, groups))
+    if precision == "no":
+        assert differences[0] == differences[1] < 1e-6
+    else:
+        assert 0 < differences[0] < 0.3 * differences[1]
 
 
 # ---- do sampler and trainer agree? ----

@@ -126,6 +126,23 @@ def test_evaluate_generates_with_the_model_that_it_is_given(vllm_state, engine, 
     assert 0.15 < float(accuracy) < 0.4  # the base model's, not noise's
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda weights: {f"other.{name}": weight for name, weight in weights.items()},
+     "LlamaForCausalLM of vLLM cannot take the policy's weights: There is no module or parameter "
+     "named 'other' in LlamaForCausalLM$"),
+    (lambda weights: {name: weight for name, weight in weights.items() if "norm" not in name},
+     r"LlamaForCausalLM of vLLM got no value for 5 of its \d+ weights, model.layers.0.input_layer"
+     "norm.weight, model.layers.0.post_attention_layernorm.weight, .* among them")],
+    ids=["unknown", "missing"])
+def test_a_weight_that_the_sync_does_not_find_is_named(change, message, vllm_state):
+    state, prompts = vllm_state
+    weights = change({name: weight.detach() for name, weight in state.policy.state_dict().items()})
+    with pytest.raises(ValueError, match=message):
+        state.engine.sync(weights.items())
+    sync_weights(state)
+    assert_same(*[generate(state, prompts[:2])] * 2)
+
+
 def without_times(row):
     return {name: row[name] for name in row if "time" not in name and "per_s" not in name}
 

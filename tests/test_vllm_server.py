@@ -26,7 +26,9 @@ from vllm_fixtures import (
     assert_same,
     generate,
     launch,
+    make_model,
     make_state,
+    mean_difference,
     read_metrics,
     read_rollouts,
     token_ids,
@@ -40,26 +42,26 @@ from rollout import SamplingParams, transformers_engine
 pytest_plugins = ["vllm_fixtures"]
 
 ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/VLLM.md").read_text()
 PORTS = [8131, 8132]
 URLS = [f"http://127.0.0.1:{port}" for port in PORTS]
 SERVED = ["rollout.mode=server", f"rollout.server_urls={','.join(URLS)}"]
 
 
-def serve(port, plugins):
-    """Start a server by the documented command, as the documentation adapts it to a CPU."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    text = "\n".join(page.read_text() for page in pages)
+def serve(port, plugins, path=None, *more):
+    """Start a server by the documented command, as the documentation adapts it to a CPU; of another
+    model if there is a `path`, with `more` options."""
     pattern = r"^VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$"
-    (model, options), *_ = re.findall(pattern, text, re.MULTILINE)
+    (model, options), *_ = re.findall(pattern, PAGE, re.MULTILINE)
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
                    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
                    "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
+                   "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port",
-         str(port), *shlex.split(options), "--no-enable-chunked-prefill"], cwd=ROOT,
-        env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path or model,
+         "--port", str(port), *shlex.split(options), "--no-enable-chunked-prefill", *more],
+        cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL)
 
 
@@ -156,6 +158,29 @@ def test_a_request_that_a_server_rejects_is_an_error_at_once(served):
     message = r"http://127.0.0.1:813\d/v1/completions: 400, .*max_tokens"
     with pytest.raises(ValueError, match=message):
         generate(state, prompts, max_tokens=100_000)
+
+
+def test_the_language_part_of_a_vision_language_checkpoint_is_served_as_documented(
+        plugins, tokenizer, tmp_path, monkeypatch):
+    """With the options for half precision, too."""
+    pytest.importorskip("torchvision", reason="vLLM imports it for Qwen3.5")
+    make_model("vision", tokenizer, tmp_path / "checkpoint")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    monkeypatch.chdir(ROOT)
+    (head,) = re.findall(r"`--hf-overrides '(.*?)'`", PAGE)
+    url, path = "http://127.0.0.1:8133", str(tmp_path / "text")
+    server = serve(8133, plugins, path, "--dtype", "bfloat16", "--hf-overrides", head,
+                   "--no-enable-prefix-caching")
+    try:
+        wait_until(lambda: server.poll() is not None or healthy(url))
+        state, prompts = make_state(tmp_path / "run", "rollout.mode=server", f"model.path={path}",
+                                    f"rollout.server_urls={url}", "mixed_precision=bf16")
+        assert_each_sync_arrives(state, prompts, mean_difference, 0.03)
+        state.engine.close()
+    finally:
+        kill(server)
 
 
 def count_steps(run_dir):

@@ -12,8 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY
+from conftest import TINY, mean_mismatch
 from torch.nn.utils.rnn import pad_sequence
+from test_families import EXPERTS, LINEAR, SIZES, save, small_vision
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          Qwen3_5Config)
 
 import infra.vllm_engine
 import train_dapo
@@ -32,7 +35,9 @@ def engine(tokenizer):
     """vLLM in this process."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     config = load_config(ROOT / "config.yaml", VLLM)
-    engine = infra.vllm_engine.vllm_engine(config, accelerator, tokenizer, [tokenizer.eos_token_id])
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "toy/base")
+    engine = infra.vllm_engine.vllm_engine(config, accelerator, tokenizer, [tokenizer.eos_token_id],
+                                           policy)
     forget_accelerator()
     yield replace(engine, close=lambda: None)
     engine.close()
@@ -53,18 +58,20 @@ def forget_accelerator():
 
 @contextmanager
 def using(engine, *argv):
-    """Inside, what starts vLLM gets `engine`, and a script that runs has the arguments `argv`."""
+    """Inside, what starts vLLM gets `engine` (None: a new one), and a script that runs has the
+    arguments `argv`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", list(argv))
-        patch.setattr(infra.vllm_engine, "vllm_engine", lambda *_: engine)
+        patch.setattr(sys, "argv", list(argv) or sys.argv)
+        if engine:
+            patch.setattr(infra.vllm_engine, "vllm_engine", lambda *_: engine)
         patch.setattr(Accelerator, "end_training", lambda _: None)  # would end vLLM's process group
         yield
     forget_accelerator()
 
 
 def train_here(engine, run_dir, *overrides):
-    """Train in this process, with `engine`. Returns the rows of metrics.jsonl."""
+    """Train in this process, with `engine` or a new one. Returns the rows of metrics.jsonl."""
     arguments = ["--config", "config.yaml", f"run_dir={run_dir}", "rollout.backend=vllm"]
     with using(engine, "train_dapo.py", *arguments, *overrides):
         train_dapo.main()
@@ -124,6 +131,21 @@ def assert_same(expected, found):
             assert np.abs(a.logprobs - b.logprobs).max() < 1e-4
 
 
+def make_model(kind, tokenizer, path):
+    """A random model of the sizes that vLLM's kernels for CPUs can compute. `vision`: a checkpoint
+    with a vision tower, whose language part is a hybrid."""
+    sizes = {**SIZES, "head_dim": 32, "hidden_size": 64, "vocab_size": len(tokenizer),
+             "bos_token_id": None, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    hybrid = {**sizes, **LINEAR, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    if kind == "vision":
+        config = Qwen3_5Config(text_config=hybrid,
+                               vision_config={**small_vision(), "out_hidden_size": 64})
+        return save(AutoModelForImageTextToText.from_config(config), tokenizer, path)
+    options = {"qwen3_moe": {**sizes, **EXPERTS}, "qwen3_5_text": hybrid}.get(kind, sizes)
+    config = AutoConfig.for_model(kind, **options)
+    return save(AutoModelForCausalLM.from_config(config), tokenizer, path)
+
+
 def add_noise(policy, seed):
     """Change the weights, as much as some updates do."""
     torch.manual_seed(seed)
@@ -146,10 +168,15 @@ def largest_difference(state, prompts):
                for row, (start, theirs) in zip(logprobs, responses, strict=True))
 
 
-def assert_each_sync_arrives(state, prompts):
-    assert largest_difference(state, prompts) < 1e-4
+def mean_difference(state, prompts):
+    """The same, on average: in half precision the largest depends on a few unlikely tokens."""
+    return mean_mismatch(state, prompts, generate(state, prompts))
+
+
+def assert_each_sync_arrives(state, prompts, measure=largest_difference, limit=1e-4):
+    assert measure(state, prompts) < limit
     for seed in range(2):
         add_noise(state.policy, seed)
-        assert largest_difference(state, prompts) > 0.01  # not synced yet
+        assert measure(state, prompts) > max(0.01, 4 * limit)  # not synced yet
         sync_weights(state)
-        assert largest_difference(state, prompts) < 1e-4
+        assert measure(state, prompts) < limit
