@@ -155,6 +155,8 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
             raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
                           "another run_dir")
         load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
+        if accelerator.scaler and "scaler" in metadata:  # not if it branches off a run without one
+            accelerator.scaler.load_state_dict(metadata["scaler"])
         for group in state.optimizer.param_groups:
             group["weight_decay"] = config.actor.weight_decay  # a branch may have another
         accelerator.print(f"resuming from {path}")
@@ -275,6 +277,8 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
     doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
     metadata = progress.identity | {"counters": progress.counters,
                                     "evaluations": progress.evaluations}
+    if accelerator.scaler:
+        metadata["scaler"] = accelerator.scaler.state_dict()
     try:
         with raise_on_all_ranks(doing):
             if writes:

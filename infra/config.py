@@ -48,6 +48,11 @@ def escape_control(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def compute_dtype(config: SimpleNamespace) -> str:
+    """The type that the model computes in: that of autocast, else of its weights."""
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(config.mixed_precision, config.model.dtype)
+
+
 @lru_cache
 def split_list(text: str) -> list[str]:
     """The parts of a value that commas separate, without blanks."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
+from infra.config import compute_dtype
 from infra.packing import disable_packing, packing_kind
 from infra.setup import TrainState
 from rollout import SamplingParams, generate
@@ -150,8 +151,8 @@ def _chunks(weight: Tensor, *tensors: Tensor):
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 or wider, also for bfloat16."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    """a @ b in float32 or wider, also for bfloat16 and float16."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b if a.dtype in (torch.float32, torch.float64) else (a @ b).float()
 
@@ -183,8 +184,7 @@ def _logprobs_and_entropy(logits: Tensor, tokens: Tensor,
 
 def logprob_tolerance(config) -> float:
     """The largest mean difference between two ways to compute log-probs that rounding explains."""
-    full_precision = config.mixed_precision == "no" and config.model.dtype == "float32"
-    return 1e-3 if full_precision else 0.1
+    return {"float32": 1e-3, "float16": 0.02}.get(compute_dtype(config), 0.1)
 
 
 def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> None:

@@ -58,7 +58,8 @@ class StatTotals:
     """
 
     def __init__(self) -> None:
-        self.sums, self.counts, self.maxima, self.grad_norms = {}, {}, {}, []
+        self.sums, self.counts, self.maxima = {}, {}, {}
+        self.grad_norms, self.skipped_updates = [], 0
 
     def add(self, stats: dict[str, Stat], mask: Tensor) -> None:
         """Add those of a micro-batch, whose loss has the mask (B, T)."""
@@ -100,11 +101,15 @@ def actor_metrics(accelerator: Accelerator, totals: StatTotals, lr: float) -> di
     """Metrics of a step's update: means over its optimizer steps (loss, gradient norm) or over its
     tokens in the loss (`actor/<name>` of every statistic that the loss returns)."""
     metrics, norms = {"actor/lr": lr}, totals.grad_norms
-    if not norms:  # every response was truncated and masked
+    if accelerator.scaler:  # fp16
+        metrics |= {"actor/skipped_updates": totals.skipped_updates,
+                    "actor/loss_scale": accelerator.scaler.get_scale()}
+    if not totals.sums:  # every response was truncated and masked
         return metrics
     stats = totals.reduce(accelerator)
-    stats["loss"] /= len(norms)
-    metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
+    stats["loss"] /= len(norms) + totals.skipped_updates
+    if norms:
+        metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
     return metrics | {f"actor/{name}": value for name, value in stats.items()}
 
 

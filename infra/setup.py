@@ -19,7 +19,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from infra.config import one_line_errors, split_list
+from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.packing import enable_packing
@@ -96,9 +96,11 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if on_cpu:  # the launcher sets one thread
         torch.set_num_threads(cpus_per_process(accelerator))
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
-    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
-        # Accelerate would also reduce gradients in bfloat16.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    if accelerator.is_fsdp2 and config.mixed_precision != "no":
+        # Accelerate would also reduce gradients in the half-precision type.
+        policy = MixedPrecisionPolicy(getattr(torch, compute_dtype(config)), torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     count = accelerator.num_processes
     accelerator.print(f"{count} process{'es' * (count > 1)} on {accelerator.device.type}, "
@@ -185,10 +187,9 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
 def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
                          device: torch.device) -> torch.nn.Module:
     """A model like the policy, in the type of its passes; `sync_weights` sets its weights."""
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else policy.dtype
     with device:
         model = AutoModelForCausalLM.from_config(
-            deepcopy(policy.config), dtype=dtype,
+            deepcopy(policy.config), dtype=getattr(torch, compute_dtype(config)),
             attn_implementation=config.model.attn_implementation)
     model.generation_config = policy.generation_config
     return model.requires_grad_(False)

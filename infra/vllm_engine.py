@@ -15,6 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from infra.config import compute_dtype
 from rollout import Engine, Response, SamplingParams, make_responses, request_seed
 
 
@@ -36,7 +37,7 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                    "max_num_batched_tokens": max(8192, max_len), "kv_cache_memory_bytes": 2**29}
     if accelerator.num_processes > 1:
         options["distributed_executor_backend"] = "external_launcher"
-    dtype = "bfloat16" if config.mixed_precision == "bf16" else config.model.dtype
+    dtype = compute_dtype(config)
     try:
         for file in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # left by an earlier run on a CPU:
             file.unlink(missing_ok=True)                      # vLLM would not start
