@@ -1,6 +1,7 @@
 """Memory that is known beforehand, and running out of it: one line, and the checkpoint is whole."""
 
 import re
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -26,8 +27,8 @@ CUDA = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capac
         "which 1.00 GiB is free.")
 
 
-def test_the_first_lines_say_what_memory_the_run_will_need(start, capsys):
-    start("val.file=", "total_training_steps=1")
+def test_the_first_lines_say_what_memory_the_run_will_need(make_state, capsys):
+    make_state()
     printed = capsys.readouterr().out
     assert re.search(r"memory of each process, about: .* to generate \(weights .*, optimizer .*, "
                      r"engine .*\), .* to update \(.*activations .*, output head .*\), of .* GB\n",
@@ -105,13 +106,20 @@ def exhausted(*args, **kwargs):
     raise torch.OutOfMemoryError(CUDA)
 
 
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    return tmp_path_factory.mktemp("master") / "run"
+
+
 @pytest.fixture
-def out_of(monkeypatch, start):
-    """`out_of(module, name)`: a run of which `name` runs out of memory after its first checkpoint;
+def out_of(monkeypatch, start, master, tmp_path):
+    """`out_of(module, name)`: resumes a run, trained once, of which `name` runs out of memory then;
     returns its message."""
-    def out_of(module, name: str, *overrides: str) -> str:
-        common = ["val.file=", "save_every=1", *overrides]
-        start(*common, "total_training_steps=1")
+    def out_of(module, name: str) -> str:
+        common = ["val.file=", "save_every=1"]
+        if not master.exists():
+            start(*common, "total_training_steps=1").rename(master)
+        shutil.copytree(master, tmp_path / "run")
         monkeypatch.setattr(module, name, exhausted)
         with pytest.raises(SystemExit) as error:
             start(*common)
