@@ -23,6 +23,7 @@ from statistics import fmean
 from infra.config import escape_control, flatten, one_line_errors, read_command_line, split_list
 from infra.data import Prompt, find_column
 from infra.distributed import raise_on_all_ranks
+from infra.memory import out_of_memory
 from infra.setup import TrainState, setup, sync_weights
 from reward import Score, mean_extra
 from rollout import Response, SamplingParams, generate
@@ -152,7 +153,7 @@ def main() -> None:
     out = Path(config.run_dir, f"{Path(model).name}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     state, data = setup(config, training=False)
     evaluations, records, is_main = {}, [], state.accelerator.is_main_process
-    with closing(state.engine), one_line_errors():
+    with closing(state.engine), one_line_errors(), out_of_memory("sync"):
         with raise_on_all_ranks("cannot save results"):
             if is_main:
                 out.mkdir(parents=True)  # fails if it exists: nothing is overwritten

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from infra.data import Prompt
 from infra.distributed import map_over_ranks
+from infra.memory import out_of_memory
 from infra.rng import make_rng
 
 
@@ -78,8 +79,9 @@ def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose
         for i in indices:
             rng = make_rng(config.seed, purpose, positions[i])
             seeds.append(tuple(rng.integers(2**32, size=4).tolist()))
-        groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
-                                       progress=purpose if main else "")
+        with out_of_memory("generate"):
+            groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
+                                           progress=purpose if main else "")
         for i, group in zip(indices, groups, strict=True):
             if not all(np.isfinite(response.logprobs).all() for response in group):
                 raise ValueError(f"prompt {prompts[i].id}: log-probs are not finite; the policy "

@@ -187,7 +187,8 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
     statistics and the gradient norm to `totals`.
 
     The gradient is that of the whole mini-batch, however it is split into micro-batches and over
-    ranks. Raises ValueError if it is not finite.
+    ranks. If it is not finite, fp16 skips the step and halves the scale of the loss. Raises
+    ValueError if there is no such scale, or it is down to 1.
     """
     config, accelerator = state.config, state.accelerator
     num_tokens = sum(len(sample.response_ids) for sample in mini_batch if sample.in_loss)
@@ -210,12 +211,14 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
         totals.add(stats, batch["mask"])
     norm = accelerator.clip_grad_norm_(state.policy.parameters(), config.actor.grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(norm):
+    finite, scaler = math.isfinite(norm), accelerator.scaler
+    if not finite and not (scaler and scaler.get_scale() > 1):
         raise ValueError(f"update {len(totals.grad_norms) + 1} of this step has the gradient norm "
                          f"{norm}; not applied. A lower actor.lr, or model.dtype float32, may help")
     state.optimizer.step()
     state.optimizer.zero_grad()
-    totals.grad_norms.append(norm)
+    totals.skipped_updates += not finite
+    totals.grad_norms += [norm] * finite
 
 
 def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, on_policy: bool,
@@ -284,7 +287,7 @@ def main() -> None:
         state.engine.close()  # before the process groups that it has joined are gone
         accelerator.end_training()
     except SystemExit as error:
-        message = f"{error}{save_after_failure(state)}"
+        message = f"{error}{save_after_failure(state, error)}"
         state.engine.close()
         raise SystemExit(message) from None
     except KeyboardInterrupt:

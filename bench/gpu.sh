@@ -28,7 +28,10 @@ for bench in logprob_memory update_gpu update_vs_bare rollout_vs_generate scalin
 done
 small="val.max_prompts=50 actor.max_tokens_per_micro_batch=8192"
 check memory python3 bench/memory.py
+check estimate_0.5B python3 bench/estimate.py --shape 0.5B
+check estimate_1.5B python3 bench/estimate.py --shape 1.5B  # LoRA and full fine-tuning among its cases
 limit=1500 check mismatch python3 bench/mismatch.py --model 0.5B 1.5B --tokens 512
+train fp16 --num_processes 1 -- run_dir="$scratch/fp16" total_training_steps=10 mixed_precision=fp16 $small
 train plain --num_processes 1 -- run_dir="$scratch/plain" total_training_steps=10 save_every=5 $small
 train fsdp2 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=5 save_every=5 $small
 train fsdp2_resumed --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=10 save_every=5 $small
@@ -36,13 +39,15 @@ train fsdp2_bf16 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -
   mixed_precision=bf16 model.gradient_checkpointing=true actor.use_kl_loss=true $small
 sed 's/fsdp_offload_params: false/fsdp_offload_params: true/' configs/accelerate_fsdp2.yaml > "$scratch/offload.yaml"
 train fsdp2_offload --config_file "$scratch/offload.yaml" --num_processes 1 -- run_dir="$scratch/offload" total_training_steps=3 $small
-for run in plain fsdp2 bf16 offload; do
+train fsdp2_fp16 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2_fp16" total_training_steps=5 \
+  mixed_precision=fp16 $small
+for run in plain fsdp2 bf16 offload fp16 fsdp2_fp16; do
   cp "$scratch/$run/metrics.jsonl" "$out/$run.jsonl"
 done
 python3 - "$out" <<'PY' | tee -a "$out/summary.txt"
 import json, pathlib, sys
 runs = {}
-for name in ("plain", "fsdp2", "bf16", "offload"):
+for name in ("plain", "fsdp2", "bf16", "offload", "fp16", "fsdp2_fp16"):
     file = pathlib.Path(sys.argv[1]) / f"{name}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [{}]
     print(name, *(f"{row.get('actor/loss', 0):.6f}/{row.get('actor/grad_norm', 0):.5f}/{row.get('actor/mismatch_abs', 0):.1e}" for row in rows[1:4]),

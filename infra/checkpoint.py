@@ -14,13 +14,16 @@ scheduler is saved: every random draw and the learning rate are functions of the
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 import uuid
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import Accelerator
@@ -36,6 +39,7 @@ from infra.data import Prompt
 from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.logprobs import check_weight_sync
 from infra.lora import full_adapters, save_adapter
+from infra.memory import out_of_memory
 from infra.setup import TrainState, sync_weights
 from plot import plot_runs, read_metrics
 
@@ -133,6 +137,7 @@ def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
     return lock
 
 
+@out_of_memory("start")
 def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
     """Load the run's newest checkpoint if there is one, check the weight sync, start the tracker.
 
@@ -160,6 +165,8 @@ def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
             raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
                           "another run_dir")
         load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
+        if accelerator.scaler and "scaler" in metadata:  # not if it branches off a run without one
+            accelerator.scaler.load_state_dict(metadata["scaler"])
         for group in state.optimizer.param_groups:
             group["weight_decay"] = config.actor.weight_decay  # a branch may have another
         accelerator.print(f"resuming from {path}")
@@ -242,15 +249,27 @@ def save_model(state: TrainState, name: str) -> None:
                 replace_dir(tmp_path, run_dir / name.replace("model", "adapter"))
 
 
-def save_after_failure(state: TrainState) -> str:
-    """Save the policy if it was trained; returns what to add to the error message."""
+def save_after_failure(state: TrainState, failure: SystemExit) -> str:
+    """Save the policy if it was trained; returns what to add to the error message.
+
+    If one of several ranks has run out of memory, it ends here and now, with that message: the
+    others wait for it, and nothing can be saved together. The launcher stops them.
+    """
+    saved = "".join(f". {path} is intact: the same command resumes from it"
+                    for path in list_checkpoints(state.config.run_dir)[:1])
+    if isinstance(failure.__cause__.__cause__, torch.OutOfMemoryError) and (
+            state.accelerator.num_processes > 1):
+        print(f"{failure} (rank {state.accelerator.process_index}){saved}", file=sys.stderr,
+              flush=True)
+        os._exit(1)
     if not state.optimizer.state:
-        return ""
+        return saved
     try:
-        save_model(state, "last_good_model")
-    except OSError as error:
-        return f". The policy is lost: {error}"
-    return f". The policy as it was is in {state.config.run_dir}/last_good_model"
+        with out_of_memory("sync"):
+            save_model(state, "last_good_model")
+    except (OSError, ValueError) as error:
+        return f". The policy is lost: {error}{saved}"
+    return f". The policy as it was is in {state.config.run_dir}/last_good_model{saved}"
 
 
 def save_results(state: TrainState, progress: Progress) -> bool:
@@ -283,6 +302,8 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
     doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
     metadata = progress.identity | {"counters": progress.counters,
                                     "evaluations": progress.evaluations}
+    if accelerator.scaler:
+        metadata["scaler"] = accelerator.scaler.state_dict()
     try:
         with raise_on_all_ranks(doing):
             if writes:

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
+from infra.config import compute_dtype
+from infra.memory import CHUNK_ELEMENTS
 from infra.packing import disable_packing, packing_kind
 from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
 from infra.setup import TrainState
 from rollout import SamplingParams, generate
 from sampling import Sample
 
-CHUNK_ELEMENTS = 2**25  # logits that exist at a time (128 MB in float32); four times that on a GPU
 MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (soft-capping, scaling)
 
 
@@ -176,8 +177,7 @@ def _logprobs_and_entropy(logits: Tensor, tokens: Tensor,
 
 def logprob_tolerance(config) -> float:
     """The largest mean difference between two ways to compute log-probs that rounding explains."""
-    full_precision = config.mixed_precision == "no" and config.model.dtype == "float32"
-    return 1e-3 if full_precision else 0.1
+    return {"float32": 1e-3, "float16": 0.02}.get(compute_dtype(config), 0.1)
 
 
 def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from evaluate import Evaluations, format_tables, response_record
 from infra.checkpoint import Progress
 from infra.distributed import raise_on_all_ranks
+from infra.memory import out_of_memory
 from infra.setup import TrainState
 from losses import Stat
 from reward import mean_extra
@@ -35,7 +36,8 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with out_of_memory(phase):
+            yield
         self.seconds[phase] += time.perf_counter() - start
 
     def metrics(self, generated: list[Group]) -> dict[str, float]:
@@ -58,7 +60,8 @@ class StatTotals:
     """
 
     def __init__(self) -> None:
-        self.sums, self.counts, self.maxima, self.grad_norms = {}, {}, {}, []
+        self.sums, self.counts, self.maxima = {}, {}, {}
+        self.grad_norms, self.skipped_updates = [], 0
 
     def add(self, stats: dict[str, Stat], mask: Tensor) -> None:
         """Add those of a micro-batch, whose loss has the mask (B, T)."""
@@ -100,11 +103,15 @@ def actor_metrics(accelerator: Accelerator, totals: StatTotals, lr: float) -> di
     """Metrics of a step's update: means over its optimizer steps (loss, gradient norm) or over its
     tokens in the loss (`actor/<name>` of every statistic that the loss returns)."""
     metrics, norms = {"actor/lr": lr}, totals.grad_norms
-    if not norms:  # every response was truncated and masked
+    if accelerator.scaler:  # fp16
+        metrics |= {"actor/skipped_updates": totals.skipped_updates,
+                    "actor/loss_scale": accelerator.scaler.get_scale()}
+    if not totals.sums:  # every response was truncated and masked
         return metrics
     stats = totals.reduce(accelerator)
-    stats["loss"] /= len(norms)
-    metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
+    stats["loss"] /= len(norms) + totals.skipped_updates
+    if norms:
+        metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
     return metrics | {f"actor/{name}": value for name, value in stats.items()}
 
 

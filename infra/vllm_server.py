@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from infra.config import compute_dtype
 from infra.distributed import raise_on_all_ranks
 from infra.vllm_engine import group_responses, shared_params
 from rollout import Engine, Response, SamplingParams, request_seed
@@ -53,7 +54,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     transfer fails, ValueError if a server rejects a request.
     """
     rollout = config.rollout
-    dtype = getattr(torch, "bfloat16" if config.mixed_precision == "bf16" else config.model.dtype)
+    dtype = getattr(torch, compute_dtype(config))
     can_nccl = accelerator.device.type == "cuda" and find_spec("vllm") is not None
     nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
     weights_dir = Path(config.run_dir).resolve() / "server_weights"

@@ -50,6 +50,11 @@ def at_the_root(monkeypatch):
     """Paths in config.yaml are relative to the repository; Accelerate keeps its state."""
     monkeypatch.chdir(ROOT)
     yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Between two runs in one test, if their precisions differ."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

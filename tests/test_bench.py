@@ -22,6 +22,8 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
     "embedded": ([*TINY, "--here", "--seeds", "0"], "goals: before at most"),
     "equality": ([str(ROOT), str(ROOT), "--steps", "1", *TINY[:3], "val.file="],
                  "the same to the bit"),
+    "estimate": (["--shape", "tiny", "--cases", "fp16, checkpointed", "bf16, one micro-batch"],
+                 "(goal 0.85 to 1.15)"),
     "kill_resume": (["--kills", "1", *TINY, "val.file="], "differences (goal: 1 and 0)"),
     "logprob_memory": (["--tokens", "64", "--vocabulary", "512", "--rounds", "1"], "(goal 1.3)"),
     "lora": ([*TINY, "--seeds", "0"], "goals: LoRA's accuracy"),

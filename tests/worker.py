@@ -1,6 +1,7 @@
 """What test_distributed.py starts in several processes: two steps in every loss_agg_mode, and more.
 
     worker.py OUT [sharded]      OUT holds, for each mode, what was kept, trained on and learned
+    worker.py OUT overflow [sharded]     instead, updates in fp16, one of which is skipped
 """
 
 import os
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
@@ -24,8 +26,10 @@ from infra.checkpoint import (Progress, find_corruption, load_checkpoint,  # noq
                               save_checkpoint, save_model)
 from infra.config import load_config  # noqa: E402
 from infra.distributed import iter_full_weights  # noqa: E402
+from infra.metrics import StatTotals  # noqa: E402
 from infra.packing import packing_kind  # noqa: E402
 from infra.setup import setup, sync_weights  # noqa: E402
+from sampling import Sample  # noqa: E402
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven", "lora"]
 LORA = ["model.lora_rank=4", "actor.lr=1e-3"]
@@ -166,18 +170,46 @@ def round_trip(run_dir: str, *overrides: str) -> dict:
     return {**result, "missing": find_corruption(accelerator, path)}
 
 
+def overflow() -> None:
+    """Three fp16 updates; in the first, the gradient of one rank (of its shard, if the policy is
+    sharded) is not finite. Prints which were skipped, and the scales before each."""
+    state, _ = make_state("mixed_precision=fp16")
+    accelerator, rng, totals = state.accelerator, np.random.default_rng(0), StatTotals()
+    backward, skipped, scales = accelerator.backward, [], []
+    samples = [Sample([1, 2, 3], rng.integers(1, 20, 9).astype(np.int32), rng.normal(),
+                      rollout_logprobs=torch.full((9,), -3.0)) for _ in range(8)]
+
+    def plant(loss):
+        bad = len(scales) == 1 and accelerator.process_index == 1
+        backward(loss * (torch.inf if bad and not accelerator.is_fsdp2 else 1))
+        if bad and accelerator.is_fsdp2:
+            next(state.policy.parameters()).grad.to_local()[:] = torch.inf
+
+    accelerator.backward = plant
+    for _ in range(3):
+        before = policy_weights(state)
+        scales.append(accelerator.scaler.get_scale())
+        train_dapo.update_policy(state, samples, True, totals)
+        skipped.append(int(np.array_equal(before, policy_weights(state))))
+    assert totals.skipped_updates == sum(skipped)
+    print(f"skipped {skipped} scales {scales}", flush=True)
+
+
 def main() -> None:
     out, sharded = sys.argv[1], "sharded" in sys.argv
     if sharded:
         infra.setup.Accelerator = sharded_accelerator
     results = {}
+    if "overflow" in sys.argv:
+        overflow()
+        MODES.clear()
     for mode in MODES:
         results |= {f"{mode}/{name}": value for name, value in two_steps(mode).items()}
-    if sharded:
+    if sharded and MODES:
         results |= round_trip(f"{out}.run")
         of_lora = round_trip(f"{out}.lora", *LORA, "model.dtype=bfloat16")
         results |= {f"lora_{name}": value for name, value in of_lora.items()}
-    accelerator = Accelerator(cpu=True)
+    accelerator = PartialState(cpu=True)
     if accelerator.is_main_process:
         np.savez(out, world=accelerator.num_processes, **results)
     accelerator.wait_for_everyone()

@@ -1,0 +1,199 @@
+"""Memory that is known beforehand, and running out of it: one line, and the checkpoint is whole."""
+
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, TINY, read_rows
+from test_distributed import LAUNCH
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import evaluate
+import infra.checkpoint
+import infra.memory
+import infra.setup
+import rollout
+import train_dapo
+from infra.checkpoint import find_corruption, list_checkpoints
+from infra.config import load_config
+from infra.memory import estimate_memory
+from infra.setup import load_model
+
+CUDA = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+        "which 1.00 GiB is free.")
+
+
+def test_the_first_lines_say_what_memory_the_run_will_need(make_state, capsys):
+    make_state()
+    printed = capsys.readouterr().out
+    assert re.search(r"memory of each process, about: .* to generate \(weights .*, optimizer .*, "
+                     r"engine .*\), .* to update \(.*activations .*, output head .*\), of .* GB\n",
+                     printed)
+    assert "may not suffice" not in printed
+
+
+def test_a_warning_says_what_to_lower_if_it_is_more_than_there_is(make_state, capsys, monkeypatch):
+    monkeypatch.setattr(infra.memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=10**7))
+    make_state("rollout.max_num_seqs=4")
+    assert "may not suffice to update: lower actor.max_tokens" in capsys.readouterr().out
+    make_state("actor.max_tokens_per_micro_batch=10")
+    assert "may not suffice to generate: lower rollout.max_num_seqs" in capsys.readouterr().out
+
+
+# ---- the estimate ----
+
+def parts(overrides=(), model=None, **kwargs):
+    config = load_config("config.yaml", ["rollout.max_num_seqs=64", *overrides])
+    return estimate_memory(config, model or load_model(config), **kwargs)
+
+
+def test_only_weights_that_are_trained_have_gradients_and_moments(model):
+    full = parts()["update"]
+    assert full["weights"] == 4 * sum(p.numel() for p in model.parameters())
+    for p in list(model.parameters())[1:]:
+        p.requires_grad_(False)
+    few = parts(model=model)["update"]
+    assert few["optimizer"] == 8 * next(model.parameters()).numel() < full["optimizer"]
+    assert few["weights"] == full["weights"]
+
+
+def test_a_reference_counts_unless_it_is_the_policy_itself(model):
+    config = load_config("config.yaml")
+    copy = load_model(config)
+    sizes = [estimate_memory(config, model, reference)["update"]["reference"]
+             for reference in (None, model, copy)]
+    assert sizes == [0, 0, 4 * sum(p.numel() for p in copy.parameters())]
+
+
+def test_ranks_share_what_is_sharded_and_each_generates_with_a_whole_copy():
+    one, four = parts(), parts(ranks=4, sharded=True)
+    for name in ("weights", "optimizer"):
+        assert four["update"][name] == one["update"][name] / 4
+    assert four["generate"]["engine"] - one["generate"]["engine"] == one["update"]["weights"]
+    assert parts(ranks=4)["update"]["DDP's buckets"] == one["update"]["weights"]
+
+
+def test_vllm_takes_its_share_of_a_gpu_and_sleeps_in_the_update():
+    both = parts(["rollout.gpu_memory_utilization=0.5"], vllm=True, gpu_memory=80 * 10**9)
+    assert both["generate"]["engine"] == 40e9 and both["update"]["engine"] == 0
+    served = parts(["rollout.mode=server", "rollout.server_urls=http://localhost:1"])
+    assert served["generate"]["engine"] == served["update"]["engine"] == 0
+
+
+def test_less_at_a_time_takes_less():
+    def sums(*overrides):
+        return [sum(phase.values()) for phase in parts(overrides).values()]
+    plain = sums()
+    assert sums("rollout.max_num_seqs=32")[0] < plain[0]
+    for lower in ("actor.max_tokens_per_micro_batch=1000", "model.gradient_checkpointing=true"):
+        assert sums(lower)[1] < plain[1] and sums(lower)[0] == plain[0]
+
+
+def test_a_model_with_other_names_has_an_estimate_too():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=2))
+    assert parts(model=gpt2)["update"]["activations"] > 0
+    gpt2.config.intermediate_size = [64, 128]  # one for each layer, as gemma3n has them
+    assert parts(model=gpt2)["update"]["activations"] > 0
+    gpt2.config.get_text_config = lambda **_: SimpleNamespace()  # no name is known
+    few = parts(model=gpt2)["update"]
+    assert few["weights"] == sum(p.nbytes for p in gpt2.parameters()) and sum(few.values()) > 0
+
+
+# ---- out of memory ----
+
+def exhausted(*args, **kwargs):
+    raise torch.OutOfMemoryError(CUDA)
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory):
+    return tmp_path_factory.mktemp("master") / "run"
+
+
+@pytest.fixture
+def out_of(monkeypatch, start, master, tmp_path):
+    """`out_of(module, name)`: resumes a run, trained once, of which `name` runs out of memory then;
+    returns its message."""
+    def out_of(module, name: str) -> str:
+        common = ["val.file=", "save_every=1"]
+        if not master.exists():
+            start(*common, "total_training_steps=1").rename(master)
+        shutil.copytree(master, tmp_path / "run")
+        monkeypatch.setattr(module, name, exhausted)
+        with pytest.raises(SystemExit) as error:
+            start(*common)
+        return str(error.value)
+    return out_of
+
+
+@pytest.mark.parametrize(("module", "name", "phase", "key"), [
+    (infra.setup, "load_model", "start", "rollout.gpu_memory_utilization"),
+    (infra.checkpoint, "check_weight_sync", "start", "rollout.gpu_memory_utilization"),
+    (train_dapo, "add_logprobs", "logprobs", "actor.max_tokens_per_micro_batch"),
+    (train_dapo, "compute_loss", "update", "model.gradient_checkpointing=true"),
+    (train_dapo, "sync_weights", "sync", "rollout.gpu_memory_utilization")])
+def test_out_of_memory_is_one_line_with_the_phase_and_what_to_lower(out_of, tmp_path, module, name,
+                                                                    phase, key):
+    message = out_of(module, name)
+    assert message.startswith(f"error: out of memory in phase {phase}: lower ")
+    assert key in message and "Tried to allocate 2.00 GiB" in message and "\n" not in message
+    (path,) = list_checkpoints(tmp_path / "run")
+    assert path.name == "step_00001" and len(read_rows(tmp_path / "run")) == 1
+    if phase != "start":  # where nothing was trained
+        assert f"{path} is intact" in message and "last_good_model" in message
+        assert (tmp_path / "run/last_good_model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("purpose", ["step 2", "validation"])
+def test_an_engine_that_is_out_of_memory_says_for_what_it_generated(start, monkeypatch, purpose):
+    decode = rollout.decode
+
+    def exhausted_for(*args, **kwargs):
+        if doing == [purpose]:
+            raise torch.OutOfMemoryError(CUDA)
+        return decode(*args, **kwargs)
+
+    doing, generate = [], rollout.generate
+
+    def generate_for(state, prompts, positions, purpose, params):
+        doing[:] = [purpose]
+        return generate(state, prompts, positions, purpose, params)
+    monkeypatch.setattr(rollout, "decode", exhausted_for)
+    for module in (train_dapo, evaluate):
+        monkeypatch.setattr(module, "generate", generate_for)
+    with pytest.raises(SystemExit, match=f"{purpose}: out of memory in phase generate: lower "
+                                         "rollout.max_num_seqs"):
+        start()
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_that_is_out_of_memory_ends_both_with_one_line(tmp_path):
+    """It takes part in no collective; the other waits in one until the launcher stops it."""
+    script = tmp_path / "exhausted.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import train_dapo, torch
+from accelerate import PartialState
+compute, calls = train_dapo.compute_loss, []
+def compute_loss(*args):
+    calls.append(1)
+    if len(calls) > 6 and PartialState().process_index == 1:
+        raise torch.OutOfMemoryError({CUDA!r})
+    return compute(*args)
+train_dapo.compute_loss = compute_loss
+train_dapo.main()
+""")
+    run_dir = tmp_path / "run"
+    command = [*LAUNCH, "--config_file", "configs/accelerate_ddp.yaml", "--num_processes", "2",
+               str(script), "--config", "config.yaml", f"run_dir={run_dir}", *TINY, "val.file=",
+               "save_every=1", "total_training_steps=50"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
+                            timeout=150)
+    (line,) = re.findall(r"error: out of memory.*", result.stderr)
+    (path,) = list_checkpoints(run_dir)[:1]
+    assert result.returncode and "phase update" in line and "(rank 1)" in line
+    assert f"{path} is intact" in line
+    assert find_corruption(Accelerator(cpu=True), path) == ""
