@@ -20,7 +20,6 @@ from vllm_gpu import make_model, seconds
 
 import infra.memory
 from infra import logprobs
-from infra.config import load_config
 from infra.memory import estimate_memory
 from infra.metrics import StatTotals
 from rollout import SamplingParams
@@ -36,8 +35,6 @@ CASES = {"float32": [], "float32, checkpointed": ["model.gradient_checkpointing=
          "fp16, checkpointed": ["mixed_precision=fp16", "model.gradient_checkpointing=true"],
          "bf16, one micro-batch": ["mixed_precision=bf16", "actor.ppo_mini_batch_size=4"],
          "bf16, LoRA": ["mixed_precision=bf16", "model.lora_rank=16"]}
-if not hasattr(load_config("config.yaml").model, "lora_rank"):
-    del CASES["bf16, LoRA"]
 
 
 def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[float, ...]]:
