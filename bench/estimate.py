@@ -9,6 +9,7 @@ too. Exits with 1 if a ratio is beyond 15%."""
 import argparse
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,13 @@ CASES = {"float32": [], "float32, checkpointed": ["model.gradient_checkpointing=
 def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[float, ...]]:
     """Estimated bytes, measured bytes and seconds of generation and of an update."""
     P, T, M, n, size = SIZES[shape]
-    state, _ = make_state(
-        f"model.path={folder}", "val.file=", f"data.max_prompt_length={P}", "actor.lr=1e-9",
-        f"data.max_response_length={T}", "overlong_buffer.enable=false", f"rollout.n={n}",
-        "rollout.backend=transformers", f"rollout.max_num_seqs={2 * n}",
-        f"actor.max_tokens_per_micro_batch={M}", f"actor.ppo_mini_batch_size={size}", *overrides)
+    with redirect_stdout(sys.stderr):  # what a run says at its start
+        state, _ = make_state(
+            f"model.path={folder}", "val.file=", f"data.max_prompt_length={P}", "actor.lr=1e-9",
+            f"data.max_response_length={T}", "overlong_buffer.enable=false", f"rollout.n={n}",
+            "rollout.backend=transformers", f"rollout.max_num_seqs={2 * n}",
+            f"actor.max_tokens_per_micro_batch={M}", f"actor.ppo_mini_batch_size={size}",
+            *overrides)
     memory = torch.cuda.get_device_properties(0).total_memory if ON_GPU else 0
     policy, rng = state.accelerator.unwrap_model(state.policy), np.random.default_rng(0)
     estimate = estimate_memory(state.config, policy, gpu_memory=memory)
