@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 import equality  # noqa: E402
+import ladder  # noqa: E402
 import run_all  # noqa: E402
 
 TINY = ["data.train_batch_size=4", "rollout.n=4", "actor.ppo_mini_batch_size=8",
@@ -25,6 +27,8 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
     "estimate": (["--shape", "tiny", "--cases", "fp16, checkpointed", "bf16, one micro-batch"],
                  "(goal 0.85 to 1.15)"),
     "kill_resume": (["--kills", "1", *TINY, "val.file="], "differences (goal: 1 and 0)"),
+    "ladder": (["--seeds", "0", "--out", "runs", "--picture", "ladder.png", *TINY],
+               "(goal above 0)"),
     "logprob_memory": (["--tokens", "64", "--vocabulary", "512", "--rounds", "1"], "(goal 1.3)"),
     "lora": ([*TINY, "--seeds", "0"], "goals: LoRA's accuracy"),
     "memory": ([], "goal: ratios within"),
@@ -91,6 +95,73 @@ def test_equality_sees_every_difference(runs, file, before, after, found):
     file = runs[1] / file
     file.write_text(file.read_text().replace(before, after))
     assert equality.compare(*runs)[0] == [found]
+
+
+# ---- ladder --------------------------------------------------------------------------------------
+
+def test_intervals_by_hand():
+    # mean 2, standard deviation 1, t of 2 degrees of freedom 4.303, by sqrt(3)
+    assert ladder.interval([1, 2, 3]) == pytest.approx((2, 4.303 / 3**0.5))
+    mean, half = ladder.interval([0.5])
+    assert mean == 0.5 and half != half
+
+
+def test_the_ladder_ends_with_dapo_and_each_row_without_a_part_lacks_that_one():
+    def rows(*arguments: str) -> dict[str, tuple[str, ...]]:
+        args = ladder.parse(["actor.clip_ratio_low=0.1", *arguments])
+        return {row.name: row.overrides for row in ladder.make_rows(args)}
+    off = {"actor.clip_ratio_high=0.1", "overlong_buffer.enable=false",
+           "actor.loss_agg_mode=seq-mean-token-mean", "filter_groups.enable=false"}
+    steps = [set(overrides) for overrides in rows().values()]
+    filtering = {"algorithm.overlong_filtering=true"}
+    assert steps[:2] == [off, off | filtering] and steps[-1] == set()
+    assert [before - after for before, after in pairwise(steps[1:])] == [
+        {"actor.clip_ratio_high=0.1"}, {"overlong_buffer.enable=false", *filtering},
+        {"actor.loss_agg_mode=seq-mean-token-mean"}, {"filter_groups.enable=false"}]
+    without = rows("--without")
+    assert without.pop("DAPO") == () and set(without.values()) == {(key,) for key in off}
+    forks = [path.stem for path in (ROOT / "forks").glob("*.patch")]
+    assert sorted(rows("--forks")) == ["DAPO", *sorted(forks)]
+
+
+def fake_run(accuracies: list[float], informative: float = 0.5) -> list[dict]:
+    """The rows of a run that generates 10 responses a step."""
+    rows = [{"step": 0, "val/val/avg@4": 0.1}]
+    for step, accuracy in enumerate(accuracies, 1):
+        rows.append({"step": step, "val/val/avg@4": accuracy, "responses/generated": 10,
+                     "groups/all_correct": 0.0, "groups/all_wrong": 1 - informative,
+                     "actor/entropy": 0.2, "response_length/mean": 7.0,
+                     "response_length/truncated": 0.0})
+    return rows
+
+
+def test_differences_are_paired_by_seed_and_curves_count_responses():
+    grpo, dapo = ladder.Row("naive GRPO"), ladder.Row("DAPO")
+    runs = {grpo: [fake_run([0.2, 0.4]), fake_run([0.2, 0.8])],
+            dapo: [fake_run([0.2, 0.5]), fake_run([0.4, 0.9], informative=1)]}
+    header, _, first, second = ladder.table([grpo, dapo], runs, to_first=False)
+    assert header.startswith("| | avg@4 | difference to the row before |")
+    # 0.6 and 12.706 * 0.2 (their distance by 2); each seed gained 0.1
+    assert first == "| naive GRPO | 0.600 ± 2.541 |  | 0.200 | 7.0 | 0.000 | 0.50 | 20 |"
+    assert second == "| DAPO | 0.700 ± 2.541 | +0.100 ± 0.000 | 0.200 | 7.0 | 0.000 | 0.75 | 20 |"
+    x, y = ladder.curve(runs[grpo], lambda row: row.get("val/val/avg@4"), over_responses=True)
+    assert x == [0, 10, 20] and [mean for mean, _ in y] == pytest.approx([0.1, 0.2, 0.6])
+
+
+@pytest.mark.slow
+def test_the_ladder_trains_forks_keeps_what_is_finished_and_refuses_other_settings(tmp_path):
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, str(BENCH / "ladder.py"), "--seeds", "0", "--out",
+                               str(tmp_path / "out"), "--forks", "gspo", *TINY, *more],
+                              capture_output=True, text=True, timeout=300, check=False)
+    first = run()
+    assert first.returncode == 0 and "| gspo |" in first.stdout, first.stderr[-3000:]
+    config = (tmp_path / "out/gspo/seed_0/config.yaml").read_text()
+    assert "loss_agg_mode: seq-mean-token-mean" in config  # the patch's own config.yaml
+    before = (tmp_path / "out/gspo/seed_0/metrics.jsonl").stat().st_mtime_ns
+    assert run().stdout == first.stdout
+    assert (tmp_path / "out/gspo/seed_0/metrics.jsonl").stat().st_mtime_ns == before
+    assert "was run with other settings" in run("actor.lr=0.01").stderr
 
 
 # ---- run_all -------------------------------------------------------------------------------------

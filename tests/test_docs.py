@@ -13,7 +13,7 @@ from infra.reward_function import load_reward_function, score_task
 from reward import Task
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "forks/README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
 RESULTS = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
 

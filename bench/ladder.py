@@ -1,0 +1,283 @@
+"""The paper's ladder from naive GRPO to DAPO, DAPO without each of its parts, and the forks.
+
+    python bench/ladder.py [--without | --forks [NAME ...]] [--config config.yaml] [--seeds 0 1 2]
+        [--out runs/ladder] [--picture ladder.png] [--jobs N] [key.sub=value ...]
+
+Every row is trained once for each seed, `--jobs` runs at a time (default: one per core), with what
+the config and the overrides say; a row turns techniques off, or applies a patch of forks/ to a copy
+of the repository. DAPO is the config as it is. The same command resumes: a finished run is kept,
+and tables share DAPO's (after a change of the code, name another --out).
+
+Accuracy is that of the last validation; entropy, length and truncated share those of the last step;
+informative groups those of all steps. Differences are paired by seed: to the row before in the
+ladder, to DAPO in the other tables. Intervals are Student's, of 95%, over seeds.
+
+Prints a table in Markdown, and exits with 1 if the interval of DAPO minus naive GRPO reaches 0.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+CORES = os.cpu_count() or 1
+sys.path.insert(0, str(ROOT))
+from infra.config import load_config, one_line_errors  # noqa: E402
+from plot import read_metrics  # noqa: E402
+
+OFF = {  # what turns each technique off; {low} is actor.clip_ratio_low
+    "clip-higher": "actor.clip_ratio_high={low}",
+    "soft overlong punishment": "overlong_buffer.enable=false",
+    "token-level loss": "actor.loss_agg_mode=seq-mean-token-mean",
+    "dynamic sampling": "filter_groups.enable=false"}
+FILTERING = "algorithm.overlong_filtering=true"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees
+
+
+class Row(NamedTuple):
+    """A row of a table: what is trained for each seed. `fork` names a patch of forks/."""
+    name: str
+    overrides: tuple[str, ...] = ()
+    fork: str = ""
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"\W+", "_", self.name.split("=")[-1]).strip("_").lower()
+
+
+def make_rows(args: argparse.Namespace) -> list[Row]:
+    """The rows of the table that the command line asks for; DAPO is the last of the ladder, and
+    the first of the others."""
+    low = load_config(args.config, args.overrides).actor.clip_ratio_low
+    off = {name: override.format(low=low) for name, override in OFF.items()}
+    if args.forks is not None:
+        known = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
+        names = args.forks or known
+        if unknown := set(names) - set(known):
+            raise ValueError(f"--forks {' '.join(sorted(unknown))}: none of {', '.join(known)}")
+        return [Row("DAPO"), *(Row(name, fork=name) for name in names)]
+    if args.without:
+        return [Row("DAPO"), *(Row(f"without {name}", (off[name],)) for name in off)]
+    clip, soft, token, dynamic = off.values()
+    return [Row("naive GRPO", (clip, soft, token, dynamic)),
+            Row("+ overlong filtering", (clip, soft, token, dynamic, FILTERING)),
+            Row("+ clip-higher", (soft, token, dynamic, FILTERING)),
+            Row("+ soft overlong punishment (no filtering)", (token, dynamic)),
+            Row("+ token-level loss", (dynamic,)),
+            Row("+ dynamic sampling = DAPO")]
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+def patched_copy(fork: str, out: Path) -> Path:
+    """A copy of the repository with a patch of forks/ applied."""
+    copy = out / "code" / fork
+    shutil.rmtree(copy, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".git", "__pycache__", "runs", "tests", "docs", ".venv")
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: {
+        *ignored(folder, names), *(name for name in names if out == Path(folder, name))})
+    subprocess.run(["git", "apply", str(ROOT / f"forks/{fork}.patch")], cwd=copy, check=True,
+                   env=os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)})
+    return copy
+
+
+def run_dir_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
+    return args.out / row.folder / f"seed_{seed}"
+
+
+def is_finished(row: Row, seed: int, args: argparse.Namespace) -> bool:
+    """Whether a run is there, to its last step; records its settings if it is not there at all.
+    Raises ValueError if it is one with other settings."""
+    config = load_config(args.config, [*args.overrides, *row.overrides, f"seed={seed}"])
+    patch = (ROOT / f"forks/{row.fork}.patch").read_text() if row.fork else ""
+    settings, run_dir = f"{config}\n{patch}", run_dir_of(row, seed, args)
+    record = run_dir.with_suffix(".settings")
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(settings)
+    if record.read_text() != settings:
+        raise ValueError(f"{run_dir} was run with other settings: name another --out")
+    return ((run_dir / "model").exists()
+            and read_metrics(run_dir)[-1]["step"] == config.total_training_steps)
+
+
+def train(row: Row, seed: int, code: Path, args: argparse.Namespace) -> None:
+    """Train a run, or resume it. Raises OSError with the end of its log if it does not finish."""
+    run_dir = run_dir_of(row, seed, args)
+    config = args.config.resolve()
+    if config.is_relative_to(ROOT):  # the copy's own: a patch may change config.yaml
+        config = config.relative_to(ROOT)
+    command = [sys.executable, "train_dapo.py", "--config", str(config),
+               *args.overrides, *row.overrides, f"seed={seed}", f"run_dir={run_dir}"]
+    threads = str(max(1, CORES // args.jobs))
+    with open(run_dir.with_suffix(".log"), "a+", encoding="utf-8") as log:
+        result = subprocess.run(command, cwd=code, stdout=log, stderr=log, check=False,
+                                env=os.environ | {"OMP_NUM_THREADS": threads})
+        if result.returncode or not is_finished(row, seed, args):
+            log.seek(0)
+            raise OSError(f"{row.name}, seed {seed}: {log.read().strip()[-500:]}")
+
+
+def train_all(rows: list[Row], args: argparse.Namespace) -> None:
+    """Train what is not finished yet. Raises ValueError or OSError."""
+    missing = [(row, seed) for seed in args.seeds for row in rows
+               if not is_finished(row, seed, args)]
+    code = {row: patched_copy(row.fork, args.out) if row.fork else ROOT
+            for row in dict.fromkeys(row for row, _ in missing)}
+    total, errors = len(rows) * len(args.seeds), []
+    with (ThreadPoolExecutor(args.jobs) as pool,
+          tqdm(total=total, initial=total - len(missing), desc="runs") as bar):
+        futures = [pool.submit(train, row, seed, code[row], args) for row, seed in missing]
+        for future in as_completed(futures):
+            errors += [str(future.exception())] if future.exception() else []
+            bar.update()
+    if errors:
+        raise OSError("\n".join(errors))
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95% interval, by Student's t; NaN of one value. With more than ten
+    values it is a little too wide."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    t = T_975[min(len(values), 10) - 2]
+    return float(values.mean()), float(t * values.std(ddof=1) / len(values)**0.5)
+
+
+def last(name: str) -> Callable[[list[dict]], float]:
+    """The last value of a metric in a run's rows, NaN if there is none."""
+    return lambda rows: next((row[name] for row in reversed(rows) if name in row), float("nan"))
+
+
+def accuracy_name(rows: list[dict]) -> str:
+    return next(name for name in rows[0] if re.fullmatch(r"val/.*/avg@\d+", name))
+
+
+def informative(row: dict) -> float:
+    """The share of a step's groups that are neither all correct nor all wrong."""
+    return 1 - row["groups/all_correct"] - row["groups/all_wrong"]
+
+
+def table(rows: list[Row], runs: dict[Row, list[list[dict]]], to_first: bool) -> list[str]:
+    """The lines of the table in Markdown. `runs`: each row's runs, in the order of the seeds."""
+    name = accuracy_name(runs[rows[0]][0])
+    lines = [f"| | {name.rpartition('/')[2]} | difference to "
+             f"{rows[0].name if to_first else 'the row before'} | entropy | length | truncated | "
+             "informative groups | responses generated |", "|---" * 8 + "|"]
+    accuracies = {row: [last(name)(run) for run in runs[row]] for row in rows}
+    for i, row in enumerate(rows):
+        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in [interval(accuracies[row])]]
+        other = accuracies[rows[0 if to_first else i - 1]]
+        mean, half = interval(np.subtract(accuracies[row], other))
+        cells.append(f"{mean:+.3f} ± {half:.3f}" if i else "")
+        for metric, digits in (("actor/entropy", 3), ("response_length/mean", 1),
+                               ("response_length/truncated", 3)):
+            cells.append(f"{np.mean([last(metric)(run) for run in runs[row]]):.{digits}f}")
+        steps = [step for run in runs[row] for step in run if "groups/all_wrong" in step]
+        cells.append(f"{np.mean([informative(step) for step in steps]):.2f}")
+        generated = [sum(step.get("responses/generated", 0) for step in run) for run in runs[row]]
+        cells.append(f"{np.mean(generated):.0f}")
+        lines.append(f"| {row.name} | {' | '.join(cells)} |".replace("± nan", ""))
+    return lines
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+def curve(runs: list[list[dict]], value: Callable[[dict], float | None],
+          over_responses: bool) -> tuple[list[float], list[tuple[float, float]]]:
+    """x, and mean and half interval of y over the runs, at the steps at which all have a value."""
+    points = []  # of each run: step -> (x, y)
+    for rows in runs:
+        generated, of_run = 0, {}
+        for row in rows:
+            generated += row.get("responses/generated", 0)
+            y = value(row)
+            if y is not None:
+                of_run[row["step"]] = (generated if over_responses else row["step"], y)
+        points.append(of_run)
+    steps = sorted(set(points[0]).intersection(*points[1:]))
+    x = [float(np.mean([of_run[step][0] for of_run in points])) for step in steps]
+    return x, [interval([of_run[step][1] for of_run in points]) for step in steps]
+
+
+def draw(rows: list[Row], runs: dict[Row, list[list[dict]]], path: Path) -> None:
+    """Draw mean curves of all rows with bands of 95% into the file `path`."""
+    from matplotlib.figure import Figure
+    name = accuracy_name(runs[rows[0]][0])
+    panels = [("accuracy over steps", lambda row: row.get(name), False),
+              ("accuracy over responses generated", lambda row: row.get(name), True),
+              ("entropy", lambda row: row.get("actor/entropy"), False),
+              ("response length (tokens)", lambda row: row.get("response_length/mean"), False),
+              ("truncated (share)", lambda row: row.get("response_length/truncated"), False),
+              ("informative groups (share)",
+               lambda row: informative(row) if "groups/all_wrong" in row else None, False)]
+    figure = Figure(figsize=(13.5, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for axis, (title, value, over_responses) in zip(axes, panels, strict=True):
+        for i, row in enumerate(rows):
+            x, y = curve(runs[row], value, over_responses)
+            mean, half = np.array(y).reshape(-1, 2).T
+            axis.plot(x, mean, "-" if i < 10 else "--", color=f"C{i}", label=row.name)
+            axis.fill_between(x, mean - half, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=100)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--without", action="store_true", help="DAPO without each of its parts")
+    tables.add_argument("--forks", nargs="*", metavar="NAME", help="forks/; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/ladder")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--jobs", type=int, default=CORES)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
+    args = parser.parse_intermixed_args(words)
+    args.out = args.out.resolve()
+    if args.forks:  # --forks takes what follows it
+        args.overrides += [word for word in args.forks if "=" in word]
+        args.forks = [word for word in args.forks if "=" not in word]
+    return args
+
+
+def main() -> None:
+    """Train what is missing, print the table, draw the picture."""
+    args = parse()
+    with one_line_errors():
+        rows = make_rows(args)
+        train_all(rows, args)
+    runs = {row: [read_metrics(run_dir_of(row, seed, args)) for seed in args.seeds]
+            for row in rows}
+    print("\n".join(table(rows, runs, to_first=rows[0].name == "DAPO")))
+    if args.picture:
+        draw(rows, runs, args.picture)
+    if rows[0].name == "DAPO":
+        sys.exit(print(f"\n{len(args.seeds)} seeds; no goal"))
+    name = accuracy_name(runs[rows[0]][0])
+    difference, half = interval([last(name)(dapo) - last(name)(grpo)
+                                 for dapo, grpo in zip(runs[rows[-1]], runs[rows[0]], strict=True)])
+    print(f"\nDAPO minus naive GRPO, {len(args.seeds)} seeds: {difference:+.3f} ± {half:.3f} "
+          "(goal above 0)")
+    sys.exit(not difference - half > 0)
+
+
+if __name__ == "__main__":
+    main()

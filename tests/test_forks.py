@@ -1,0 +1,309 @@
+"""forks/: every patch applies, is small, does what its equation says, and trains."""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, read_rows
+
+ROOT = Path(__file__).parent.parent
+FORKS = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
+LOGGED = {  # a metric of its own, or one that it changes
+    "batch_std": "actor/loss", "cispo": "actor/weight_clip_frac", "curriculum": "retired",
+    "dr_grpo": "actor/loss", "geometric_mask": "actor/geometric_mask_frac",
+    "gspo": "actor/clip_frac_low", "high_entropy": "actor/high_entropy_frac",
+    "icepop": "actor/icepop_mask_frac", "kl_cov": "actor/kl_cov_frac",
+    "leave_one_out": "actor/loss"}
+
+
+def apply_fork(name: str, copy: Path) -> None:
+    """Make `copy` a copy of what a run needs, with the patch applied."""
+    copy.mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "config.yaml"]:
+        shutil.copy(path, copy)
+    for folder in ("infra", "toy"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    result = subprocess.run(["git", "apply", "--verbose", str(ROOT / f"forks/{name}.patch")],
+                            cwd=copy, capture_output=True, text=True, check=False,
+                            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)})
+    assert result.returncode == 0, f"forks/{name}.patch: refresh it, see forks/README.md\n" + (
+        result.stderr)
+
+
+@pytest.fixture
+def fork(request, tmp_path, monkeypatch):
+    """The directory of a copy of the repository with the patch `request.param` applied, whose
+    modules are what `import` gives during the test."""
+    copy = tmp_path / "copy"
+    apply_fork(request.param, copy)
+    before, names = dict(sys.modules), {"infra", *(path.stem for path in copy.glob("*.py"))}
+    for name in before:
+        if name.split(".")[0] in names:
+            del sys.modules[name]
+    monkeypatch.syspath_prepend(copy)
+    monkeypatch.chdir(copy)
+    yield copy
+    for name in list(sys.modules):
+        if name.split(".")[0] in names:
+            del sys.modules[name]
+    sys.modules.update(before)
+
+
+def of_fork(name: str):
+    return pytest.mark.parametrize("fork", [name], indirect=True, ids=[name])
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_there_are_at_least_ten_forks_and_each_is_tested():
+    assert len(FORKS) >= 10 and LOGGED.keys() == set(FORKS)
+    source = Path(__file__).read_text()
+    assert all(f'@of_fork("{name}")' in source for name in FORKS)
+
+
+def changed_lines(name: str) -> list[str]:
+    """The removed and added lines of a patch, with their sign."""
+    lines = (ROOT / f"forks/{name}.patch").read_text().splitlines()
+    return [line for line in lines if re.match(r"[+-](?!\+\+ |-- )", line)]
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_fork_has_at_most_forty_changed_lines_a_source_and_no_new_key(name):
+    changed = changed_lines(name)
+    added = [line[1:] for line in changed if line[0] == "+"]
+    assert 0 < len(changed) <= 40 and max(map(len, added)) <= 100
+    assert any(re.search(r"# .*(arXiv|https://)", line) for line in added)
+    removed_keys, added_keys = (re.findall(rf"^\{sign}  (\w+): ", "\n".join(changed), re.MULTILINE)
+                                for sign in "-+")
+    assert added_keys == removed_keys  # values in config.yaml may change
+
+
+def test_the_table_has_a_row_for_each_fork_with_its_size():
+    rows = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.patch\) \|.* \((\d+)\) \|",
+                      (ROOT / "forks/README.md").read_text(), re.MULTILINE)
+    assert rows == [(name, name, str(len(changed_lines(name)))) for name in FORKS]
+
+
+# ---- equations, by hand --------------------------------------------------------------------------
+
+@of_fork("gspo")
+def test_gspo_has_one_ratio_per_response(fork):
+    losses, config = import_module("losses"), import_module("infra.config")
+    old, mask = tensor([0, 0], [0, 0]), torch.tensor([[1, 1], [1, 0]])
+    logprobs = tensor([math.log(2), math.log(8)], [math.log(0.5), 9]).requires_grad_()
+    loss, stats = losses.policy_loss(logprobs, old, tensor([-1], [1]), mask, 0.2, 0.28)
+    # sqrt(2 * 8) = 4, bad and more frequent: not clipped; 1/2 of its only token, good: not clipped
+    assert loss.squeeze(1).tolist() == pytest.approx([4, -0.5])
+    assert stats["ratio"].values.squeeze(1).tolist() == pytest.approx([4, 0.5])
+    losses.aggregate(loss, mask, "seq-mean-token-mean").backward()
+    # equation 10: -A s / |o|, by 2 responses
+    assert logprobs.grad.flatten().tolist() == pytest.approx([1, 1, -0.25, 0])
+    actor = config.load_config("config.yaml", []).actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.03, 0.04)
+    assert actor.loss_agg_mode == "seq-mean-token-mean"
+
+
+@of_fork("cispo")
+def test_cispo_clips_the_weight_and_keeps_the_gradient(fork):
+    losses = import_module("losses")
+    logprobs = tensor([math.log(ratio) for ratio in (1.0, 1.5, 0.5, 0.5, 1.5)]).requires_grad_()
+    advantages, mask = tensor([1, 1, 1, -1, -1]), torch.ones(1, 5)
+    loss, stats = losses.policy_loss(logprobs, torch.zeros(1, 5), advantages, mask, 0.2, 0.28)
+    assert loss[0].tolist() == pytest.approx(
+        [0, -1.28 * math.log(1.5), -0.5 * math.log(0.5), 0.5 * math.log(0.5), 1.28 * math.log(1.5)])
+    loss.sum().backward()  # -min(r, 1.28) A; PPO has 0 for the second and the fourth
+    assert logprobs.grad[0].tolist() == pytest.approx([-1, -1.28, -0.5, 0.5, 1.28])
+    assert stats["weight_clip_frac"].values[0].tolist() == [False, True, False, False, True]
+
+
+@of_fork("leave_one_out")
+def test_leave_one_out_compares_with_the_others(fork):
+    losses, config = import_module("losses"), import_module("infra.config")
+    algorithm = config.load_config("config.yaml", []).algorithm
+    advantages = losses.group_advantages(tensor([1, 0, 0, 0]), algorithm.norm_adv_by_std_in_grpo)
+    assert advantages[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+
+
+@of_fork("batch_std")
+def test_batch_std_is_that_of_all_rewards(fork):
+    losses = import_module("losses")
+    # means 1/2 and 3/2; all four: mean 1, squared deviations 0 + 1 + 4 + 1, by 3: std sqrt(2)
+    advantages = losses.group_advantages(tensor([1, 0], [3, 0]), eps=0)
+    half = 0.5 / math.sqrt(2)
+    assert advantages.flatten().tolist() == pytest.approx([half, -half, 3 * half, -3 * half])
+
+
+def gradient(monkeypatch, logprobs, entropy=None, overrides=(), **batch):
+    """What `compute_loss` makes of these log-probs (B, T): their gradient, times the number of
+    tokens, and the statistics by name. The old log-probs are 0 unless given."""
+    train_dapo = import_module("train_dapo")
+    logprobs = logprobs.clone().requires_grad_()
+    entropy = torch.zeros_like(logprobs) if entropy is None else entropy
+    monkeypatch.setattr(train_dapo, "response_logprobs", lambda *_: (logprobs, entropy))
+    zeros, mask = torch.zeros_like(logprobs), torch.ones_like(logprobs, dtype=torch.bool)
+    batch = {"mask": mask, "old_logprobs": zeros, "rollout_logprobs": zeros,
+             "advantages": torch.ones_like(logprobs[:, :1])} | batch
+    config = import_module("infra.config").load_config("config.yaml", list(overrides))
+    num_tokens = batch.pop("num_tokens", int(batch["mask"].sum()))
+    num_seqs = int(batch["mask"].any(dim=1).sum())
+    loss, stats = train_dapo.compute_loss(config, None, batch, False, num_tokens, num_seqs)
+    loss.backward()
+    return logprobs.grad * num_tokens, stats
+
+
+@of_fork("geometric_mask")
+def test_geometric_mask_drops_responses_by_their_mean_mismatch(fork, monkeypatch):
+    # The mean of log(pi_old / pi_rollout): 0.0005 in spite of one token; 0.0011; -0.0011; masked 9
+    rollout = -tensor([0.5, -0.499], [0.0011, 0.0011], [-0.0022, 0.0], [0.0005, 9])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]]).bool()
+    grad, stats = gradient(monkeypatch, torch.zeros(4, 2, dtype=torch.float64), mask=mask,
+                           rollout_logprobs=rollout)
+    assert grad.tolist() == [[-1, -1], [0, 0], [0, 0], [-1, 0]]
+    assert stats["geometric_mask_frac"].values.flatten().tolist() == [False, True, True, False]
+    assert stats["geometric_mean_max"].values.max().item() == pytest.approx(math.exp(0.0011))
+
+
+@of_fork("icepop")
+def test_icepop_weighs_tokens_by_the_ratio_and_drops_those_outside(fork, monkeypatch):
+    ratios = [0.4, 0.5001, 1.0, 4.9, 5.1]  # pi_old / pi_rollout, with pi_old = 1
+    rollout = -tensor([math.log(ratio) for ratio in ratios])
+    grad, stats = gradient(monkeypatch, torch.zeros(1, 5, dtype=torch.float64),
+                           rollout_logprobs=rollout)
+    assert grad[0].tolist() == pytest.approx([0, -0.5001, -1, -4.9, 0])
+    assert stats["icepop_mask_frac"].values[0].tolist() == [True, False, False, False, True]
+
+
+@of_fork("dr_grpo")
+def test_dr_grpo_divides_by_a_constant_length(fork, monkeypatch):
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    grad, _ = gradient(monkeypatch, torch.zeros(2, 3, dtype=torch.float64), mask=mask,
+                       overrides=["data.max_response_length=96"])
+    # 4 tokens (what `gradient` multiplies by), 2 responses, 96 tokens at most
+    assert grad.flatten().tolist() == pytest.approx([-4 / 2 / 96] * 4 + [0, 0])
+    config = import_module("infra.config").load_config("config.yaml", [])
+    assert not config.algorithm.norm_adv_by_std_in_grpo
+
+
+@of_fork("high_entropy")
+def test_high_entropy_trains_only_tokens_that_reach_the_threshold(fork, monkeypatch):
+    entropy = tensor([0.1, 0.9, 0.5, 2.0], [0.2, 3.0, 0.6, 9.0])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    grad, stats = gradient(monkeypatch, torch.zeros(2, 4, dtype=torch.float64), entropy, mask=mask,
+                           tau=2.0, num_tokens=2)
+    assert grad.tolist() == [[0, 0, 0, -1], [0, -1, 0, 0]]
+    assert stats["high_entropy_frac"].values.sum() == 2
+    assert stats["high_entropy_tau"].values.unique().tolist() == [2.0]
+
+
+@of_fork("kl_cov")
+def test_kl_cov_penalises_the_tokens_with_the_largest_covariance(fork, monkeypatch):
+    logprobs, advantages = tensor([-0.5, -2.5], [-1.0, -4.0]), tensor([1], [-3])
+    # means -2 and -1: (1.5)(2) = 3, (-0.5)(2) = -1, (1)(-2) = -2, (-2)(-2) = 4
+    grad, stats = gradient(monkeypatch, logprobs, advantages=advantages, old_logprobs=logprobs - 1,
+                           kl_cov=(-2.0, -1.0, 3.0))
+    assert stats["cov"].values.tolist() == [[3, -1], [-2, 4]]
+    assert stats["kl_cov_frac"].values.tolist() == [[True, False], [False, True]]
+    # -A r without a clip, and +1 where penalised: the log-prob has risen by 1
+    e = math.e
+    assert grad.flatten().tolist() == pytest.approx([1 - e, -e, 3 * e, 1 + 3 * e])
+
+
+def update_gradient(make_state, max_tokens: int) -> tuple[list, dict]:
+    """The gradient of `update_policy` on the same mini-batch, and the step's statistics."""
+    train_dapo, sampling = import_module("train_dapo"), import_module("sampling")
+    metrics = import_module("infra.metrics")
+    state, prompts = make_state(f"actor.max_tokens_per_micro_batch={max_tokens}",
+                                "model.attn_implementation=eager", double=True)
+    generator, samples = torch.Generator().manual_seed(0), []
+    for i, prompt in enumerate(prompts[:8]):
+        ids = torch.randint(3, 20, (5 + 3 * i,), generator=generator)
+        zeros = torch.zeros(len(ids), dtype=torch.float64)
+        samples.append(sampling.Sample(prompt.token_ids, ids.numpy(), (-1.0) ** i * (i + 1),
+                                       rollout_logprobs=zeros, old_logprobs=zeros - 2))
+    totals, grads = metrics.StatTotals(), []
+    state.optimizer.step = lambda: grads.extend(p.grad.clone() for p in state.policy.parameters())
+    train_dapo.update_policy(state, samples, False, totals)
+    return grads, totals.reduce(state.accelerator)
+
+
+@pytest.mark.parametrize(("fork", "metric", "share"), [
+    ("high_entropy", "high_entropy_frac", 25 / 124), ("kl_cov", "kl_cov_frac", 1 / 124)],
+    indirect=["fork"])
+def test_the_share_is_that_of_the_mini_batch_however_it_is_split(fork, make_state, metric, share):
+    whole, stats = update_gradient(make_state, 10_000)
+    split, stats_split = update_gradient(make_state, 60)
+    assert stats[metric] == stats_split[metric] == pytest.approx(share)  # of 5 + 8 + ... + 26 tokens
+    assert all(torch.allclose(a, b) for a, b in zip(whole, split, strict=True))
+
+
+@of_fork("curriculum")
+def test_solved_prompts_leave_the_stream(fork, make_state, train_steps, fake_rollouts):
+    state, prompts = make_state("total_training_steps=3", "data.train_batch_size=2",
+                                "data.gen_batch_size=4", "rollout.n=10",
+                                "actor.ppo_mini_batch_size=10")
+    prompts = prompts[:8]
+    solved = [1] * 9 + [0]
+    accuracies = {0: solved, 5: solved, 1: [1] * 10, 2: [0] * 10}  # others: half of the time
+    batches = fake_rollouts(lambda position: accuracies.get(position, [1] * 5 + [0] * 5))
+    steps = train_steps(state, prompts)
+    draw = import_module("sampling").draw_prompts
+    _, order = draw(prompts, 0, 16, 0, [])
+    gone = {order[0].id, order[1].id, order[5].id}
+    expected = [position for position in range(8, 16) if order[position].id not in gone]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], expected[:4]]
+    assert [step.metrics["retired"] for step in steps] == [2, 3, 3]
+    assert steps[2].metrics["prompts_drawn"] == expected[3] + 1
+    with pytest.raises(ValueError, match="all training prompts are retired"):
+        draw(prompts, 0, 1, 0, [prompt.id for prompt in prompts])
+
+
+# ---- two steps through the command line ----------------------------------------------------------
+
+def run(copy: Path, run_dir: str, *overrides: str) -> list[dict]:
+    """The rows that a tiny run in the copy logs."""
+    command = [sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
+               *TINY, *overrides]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment,
+                            timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return read_rows(copy / run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORKS)
+def test_a_fork_trains_two_steps_with_the_same_command(name, tmp_path):
+    apply_fork(name, tmp_path / "copy")
+    rows = run(tmp_path / "copy", "run")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["actor/grad_norm"] > 0
+    assert all(math.isfinite(row[LOGGED[name]]) for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_retired_prompts_are_in_the_checkpoint(tmp_path):
+    copy = tmp_path / "copy"
+    apply_fork("curriculum", copy)
+    rows = (copy / "toy/train.jsonl").read_text().splitlines(keepends=True)
+    (copy / "few.jsonl").write_text("".join(rows[:12]))
+    (copy / "solved.py").write_text(  # about half of the prompts have 92.5% of the answers
+        "def score(responses, ground_truth):\n"
+        "    accuracies = [1, 1, 1, 0.7] if int(ground_truth) % 2 else [1, 0, 0, 0]\n"
+        "    return [{'score': acc, 'acc': acc} for acc in accuracies]\n")
+    options = ["data.train_file=few.jsonl", "val.file=", "reward.name=solved.py:score"]
+    whole = run(copy, "whole", *options, "total_training_steps=4")
+    run(copy, "parts", *options, "total_training_steps=2")
+    parts = run(copy, "parts", *options, "total_training_steps=4")
+    assert 0 < whole[1]["retired"] < 12 and whole[-1]["prompts_drawn"] > 4 * 6
+    assert [row["prompts_drawn"] for row in parts] == [row["prompts_drawn"] for row in whole]
+    assert (copy / "parts/rollouts/step_00004.jsonl").read_text() == (
+        copy / "whole/rollouts/step_00004.jsonl").read_text()
