@@ -134,8 +134,8 @@ def measure(case: tuple, n: int, rounds: int) -> dict[str, list[tuple[float, flo
 def main() -> None:
     """Measure each model, print the table and whether the goal is met."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=["toy/base", "random", "hybrid", "mamba"],
-                        help="directories, or one of the last three")
+    parser.add_argument("--models", nargs="+", default=["toy/base", "random"],
+                        help="directories, or `random`, `hybrid`, `mamba`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n", type=int, default=16, help="responses a prompt")
     parser.add_argument("--prompts", type=int, default=48)

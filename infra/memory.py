@@ -95,9 +95,11 @@ def _symbols(config: SimpleNamespace, policy: torch.nn.Module, ranks: int, shard
              gpu: bool) -> SimpleNamespace:
     """The symbols of docs/SCALING.md; 0 for what the model's config does not name."""
     text, data, rollout = policy.config.get_text_config(decoder=True), config.data, config.rollout
+    known = text.to_dict()  # not all may be read as attributes
+    known |= {name: known.get(own) for name, own in text.attribute_map.items()}
 
     def get(*names: str) -> int:
-        found = next((value for name in names if (value := getattr(text, name, None))), 0)
+        found = next((known[name] for name in names if known.get(name)), 0)
         return max(found) if isinstance(found, list | tuple) else found  # one for each layer
     H, L, heads = get("hidden_size"), get("num_hidden_layers"), get("num_attention_heads") or 1
     head_size, experts = get("head_dim") or H // heads, get("num_experts_per_tok")
@@ -105,7 +107,7 @@ def _symbols(config: SimpleNamespace, policy: torch.nn.Module, ranks: int, shard
     if experts:
         inner = (experts * (get("moe_intermediate_size") or inner)
                  + get("shared_expert_intermediate_size"))
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * L
+    kinds = known.get("layer_types") or ["full_attention"] * L
     embedding, head = policy.get_input_embeddings(), policy.get_output_embeddings()
     weights = {id(p): p.numel() for p in policy.parameters()}
     VH = head.weight.numel() if head else 0

@@ -221,5 +221,6 @@ def print_report(config: SimpleNamespace, progress: Progress, seconds: float,
         for title, evaluation in of_set.items():
             for text in evaluation.examples[:4]:
                 print(f"  {title:<8}{text!r}")
+    models = ", model/ (merged) and adapter/" if config.model.lora_rank else " and model/"
     print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start. "
-          f"{config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/ and model/")
+          f"{config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/{models}")

@@ -34,7 +34,7 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
     "memory": ([], "goal: ratios within"),
     "mismatch": (["--model", "tiny", "--backend", "transformers", "--prompts", "2", "--n", "2",
                   "--tokens", "8"], "| tiny | transformers | float32 |"),
-    "rollout_vs_generate": (["--rounds", "1", "--n", "2", "--prompts", "2", "--max-tokens", "8",
+    "rollout_vs_generate": (["--models", "toy/base", "random", "hybrid", "mamba", "--rounds", "1", "--n", "2", "--prompts", "2", "--max-tokens", "8",
                              "--random-prompts", "2", "--random-max-tokens", "8"], "(goal 1.5)"),
     "scaling": (["actor.ppo_mini_batch_size=32", "--rounds", "1", "--sizes", "64", "128"],
                 "(goal 1.05)"),

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, TINY, read_rows
 from test_distributed import LAUNCH
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 import evaluate
 import infra.checkpoint
@@ -98,7 +98,7 @@ def test_a_model_with_other_names_has_an_estimate_too():
     assert parts(model=gpt2)["update"]["activations"] > 0
     gpt2.config.intermediate_size = [64, 128]  # one for each layer, as gemma3n has them
     assert parts(model=gpt2)["update"]["activations"] > 0
-    gpt2.config.get_text_config = lambda **_: SimpleNamespace()  # no name is known
+    gpt2.config.get_text_config = lambda **_: PreTrainedConfig()  # no name is known
     few = parts(model=gpt2)["update"]
     assert few["weights"] == sum(p.nbytes for p in gpt2.parameters()) and sum(few.values()) > 0
 
