@@ -54,7 +54,8 @@ def find_targets(policy: torch.nn.Module, names: str) -> list[str]:
     modules = dict(policy.named_modules())
     if names == "all-linear":  # but the head, and what is frozen already
         targets = [name for name, layer in modules.items() if isinstance(layer, LINEAR)
-                   and layer is not head and layer.weight.requires_grad]
+                   and layer is not head and layer.weight.requires_grad
+                   and not _is_read_by_mamba_kernel(policy, name)]
         targets = _without_expert_names(policy, targets)
     else:
         targets = []
@@ -79,6 +80,17 @@ def _linear_layers(policy: torch.nn.Module) -> str:
     leaves = {name.rpartition(".")[2] for name, layer in policy.named_modules()
               if isinstance(layer, LINEAR) and not name.endswith((".default", ".base_layer"))}
     return f"The linear layers are {', '.join(sorted(leaves))}"
+
+
+def _is_read_by_mamba_kernel(policy: torch.nn.Module, name: str) -> bool:
+    """Whether peft refuses the layer, since kernels of Mamba take its weight past its adapter."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), policy, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def _without_expert_names(policy: torch.nn.Module, targets: list[str]) -> list[str]:

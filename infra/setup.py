@@ -207,7 +207,8 @@ def describe_model(config: SimpleNamespace, model: torch.nn.Module) -> str:
     coef, routers = config.actor.router_aux_loss_coef, find_routers(model)
     if routers:
         own = getattr(model.config, "router_aux_loss_coef", "none")
-        text += f", load-balancing loss of its experts times {coef} (the model's own: {own})"
+        text += (f", load-balancing loss of its experts {f'times {coef}' if coef else 'off'} (the "
+                 f"model's own: {own})")
     elif coef:
         raise ValueError(f"actor.router_aux_loss_coef={coef}: {type(model).__name__} has no router "
                          "of experts; set it to 0")

@@ -118,6 +118,15 @@ def test_layers_whose_names_peft_takes_for_experts_are_left_out():
         make_lora(make("qwen3_moe", mlp_only_layers=[0]), "up_proj")
 
 
+def test_layers_that_a_mamba_kernel_reads_are_left_out():
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "mamba2", vocab_size=28, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
+        state_size=8, n_groups=1, bos_token_id=None, eos_token_id=0, pad_token_id=0))
+    make_lora(mamba)
+    layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in adapters(mamba)}
+    assert layers == {"in_proj"}
+
+
 # ---- merged weights ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("kind", "target", "tied"), [
