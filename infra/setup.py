@@ -59,38 +59,37 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
 
     Raises SystemExit with one line if the config names something that does not load.
     """
-    with one_line_errors():
-        accelerator = start_processes(config)
-        set_seed(config.seed)
-        transformers.utils.logging.disable_progress_bar()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-        tokenizer = load_pretrained(AutoTokenizer, config.model.path)
-        data = load_data(config, tokenizer, accelerator.print, training)
-        examples = list({tuple(prompt.row): prompt.row for prompt in
-                         chain(data.train, *data.val.values())}.values())  # one of each layout
-        weights = [float(weight) for weight in split_list(config.reward.weights)]
-        scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
-                             config.reward.timeout, examples)
-        policy = load_model(config)
-        accelerator.print(describe_model(config, policy))
-        if training and config.model.lora_rank:
-            accelerator.print(add_adapters(config, policy))
-        for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
-            accelerator.print(f"warning: {warning}")
-        reference = None
-        has_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
-        if has_kl and config.model.lora_rank:
-            reference = BasePolicy(policy)
-        elif has_kl:
-            reference = load_model(config).requires_grad_(False)
-            reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
-                         else reference.to(accelerator.device))
-        if config.model.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
-        if training:
-            report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
-                          uses_vllm(config))
-        engine = make_engine(config, accelerator, policy, tokenizer)
+    accelerator = start_processes(config)
+    set_seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    tokenizer = load_pretrained(AutoTokenizer, config.model.path)
+    data = load_data(config, tokenizer, accelerator.print, training)
+    examples = list({tuple(prompt.row): prompt.row for prompt in
+                     chain(data.train, *data.val.values())}.values())  # one of each layout
+    weights = [float(weight) for weight in split_list(config.reward.weights)]
+    scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
+                         config.reward.timeout, examples)
+    policy = load_model(config)
+    accelerator.print(describe_model(config, policy))
+    if training and config.model.lora_rank:
+        accelerator.print(add_adapters(config, policy))
+    for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
+        accelerator.print(f"warning: {warning}")
+    reference = None
+    has_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
+    if has_kl and config.model.lora_rank:
+        reference = BasePolicy(policy)
+    elif has_kl:
+        reference = load_model(config).requires_grad_(False)
+        reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
+                     else reference.to(accelerator.device))
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    if training:
+        report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
+                      uses_vllm(config))
+    engine = make_engine(config, accelerator, policy, tokenizer)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr,
                                   weight_decay=config.actor.weight_decay)
