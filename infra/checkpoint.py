@@ -90,7 +90,8 @@ def check_run_dir(config: SimpleNamespace) -> None:
     elif rows and file.exists():
         earlier = flatten(load_config(file))
     if earlier and (changed := config_diff(earlier, config)):
-        branch = f"; or branch off: resume={checkpoints[0]} run_dir={unused}" if checkpoints else ""
+        may_branch = checkpoints and "model.lora_" not in str(changed)
+        branch = f"; or branch off: resume={checkpoints[0]} run_dir={unused}" if may_branch else ""
         raise ValueError(f"{(checkpoints or [run_dir])[0]} has another config "
                          f"({', '.join(changed)}): undo that; {hint}{branch}")
 

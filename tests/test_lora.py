@@ -271,8 +271,9 @@ def test_another_rank_is_another_run_and_no_branch_of_this_one(start, saved, tmp
             start(*LORA, f"model.lora_rank={rank}", f"resume={step}")
         assert "\n" not in str(error.value)
     shutil.copytree(saved, tmp_path / "run", dirs_exist_ok=True)
-    with pytest.raises(SystemExit, match="another config .model.lora_rank: 4 -> 8."):
+    with pytest.raises(SystemExit, match="another config .model.lora_rank: 4 -> 8.") as error:
         start(*LORA, "model.lora_rank=8", "total_training_steps=3")
+    assert "branch off" not in str(error.value)  # which would be refused
 
 
 @pytest.mark.slow
