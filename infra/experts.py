@@ -11,9 +11,8 @@ from losses import load_balancing_loss
 
 
 def find_routers(model: torch.nn.Module) -> dict[torch.nn.Module, int]:
-    """The router of each layer, and the place of its logits among what it returns, as the model's
-    class in transformers names them. Empty if the model has none (or, as Jamba, one without a class
-    of its own)."""
+    """The router of each layer, and the place of its logits among what it returns, as transformers
+    names them. Empty if the model has none, or (Jamba) one without a class of its own."""
     for module in model.modules():
         recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
         if recorder is not None:

@@ -1,9 +1,7 @@
-"""LoRA by peft: the model's own weights are frozen, and low-rank adapters beside its linear layers
-are trained.
+"""LoRA by peft: low-rank adapters beside linear layers are trained, the model's weights frozen.
 
-The adapters stand inside the model, which keeps its class. Whoever asks for its weights
-(`distributed.iter_full_weights`) gets merged ones under the names of the model without adapters, so
-that engines and saved models know nothing of LoRA.
+The adapters stand inside the model, which keeps its class. `distributed.iter_full_weights` gives
+merged weights under the names of the base, so that engines and saved models know nothing of LoRA.
 """
 
 from collections.abc import Iterator
@@ -94,9 +92,8 @@ def _is_read_by_mamba_kernel(policy: torch.nn.Module, name: str) -> bool:
 
 
 def _without_expert_names(policy: torch.nn.Module, targets: list[str]) -> list[str]:
-    """Those that peft leaves alone: in mixtures of experts it takes some names of linear layers,
-    shared experts' above all, for those that fused experts had in older versions of transformers.
-    """
+    """Those that peft leaves alone: in mixtures of experts it takes some linear layers, of shared
+    experts above all, for the names that fused experts had in older versions of transformers."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     try:
@@ -133,8 +130,7 @@ def adapters_off(policy: torch.nn.Module) -> Iterator[None]:
 
 
 def full_adapters(policy: torch.nn.Module) -> dict[str, Tensor]:
-    """The adapters' weights, whole, on the CPU; collective if the policy is sharded; {} if there
-    are none."""
+    """The adapters' weights, whole, on the CPU; collective if sharded; {} if there are none."""
     weights = {}
     for name, weight in policy.state_dict().items():
         if ".lora_" in name:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from evaluate import Evaluations, format_tables, response_record
 from infra.checkpoint import Progress
@@ -106,6 +107,9 @@ def actor_metrics(accelerator: Accelerator, totals: StatTotals, lr: float) -> di
     if accelerator.scaler:  # fp16
         metrics |= {"actor/skipped_updates": totals.skipped_updates,
                     "actor/loss_scale": accelerator.scaler.get_scale()}
+        if totals.skipped_updates and not norms and accelerator.is_main_process:
+            tqdm.write("warning: fp16: the gradients of all updates of this step overflow, so that "
+                       f"none was applied; scale of the loss: {accelerator.scaler.get_scale():g}")
     if not totals.sums:  # every response was truncated and masked
         return metrics
     stats = totals.reduce(accelerator)

@@ -125,8 +125,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
         policy = MixedPrecisionPolicy(getattr(torch, compute_dtype(config)), torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     count = accelerator.num_processes
-    accelerator.print(f"{count} process{'es' * (count > 1)} on {accelerator.device.type}, "
-                      f"{kind.value}")
+    accelerator.print(f"{count} process{'es' * (count > 1)} on {accelerator.device.type}"
+                      f"{f', {kind.value}' * (kind != DistributedType.NO)}, passes in "
+                      f"{compute_dtype(config)}")
     return accelerator
 
 
@@ -142,6 +143,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
     if Path(path, "model", "config.json").is_file():
         raise ValueError(f"model.path: {path} is the directory of a run; its model is "
                          f"{Path(path, 'model')}")
+    if Path(path, "adapter_config.json").is_file():
+        raise ValueError(f"model.path: {path} is an adapter (LoRA); use model/ beside it")
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"model.path: {path} is no directory (from {Path.cwd()}) and no hub name "
                          "(owner/name)")
@@ -190,9 +193,9 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
                          f"{type(model).__name__}, {min(report['missing_keys'])} among them")
     if renamed:  # save_pretrained would try to undo it
         model._weight_conversions = None
-    half = config.mixed_precision != "no" or config.model.dtype != "float32"
-    if (config.model.attn_implementation == "auto" and half and torch.cuda.is_available()
-            and is_flash_attn_2_available() and model._supports_flash_attn):
+    if (config.model.attn_implementation == "auto" and compute_dtype(config) != "float32"
+            and torch.cuda.is_available() and is_flash_attn_2_available()
+            and model._supports_flash_attn):
         model.set_attn_implementation("flash_attention_2")
     enable_packing(model)
     return model

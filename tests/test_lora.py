@@ -252,6 +252,11 @@ def test_model_is_the_merged_one_and_adapter_loads_with_peft(saved):
     assert all("lora_" in key or "param_groups" in key for key in keys.state_dict_metadata)
 
 
+def test_an_adapter_is_no_model_and_the_message_says_where_the_merged_one_is(saved, start):
+    with pytest.raises(SystemExit, match="adapter is an adapter .LoRA.; use model/ beside it"):
+        start(f"model.path={saved / 'adapter'}")
+
+
 def test_a_lora_run_resumes_as_if_it_had_not_been_interrupted(start, saved, tmp_path):
     resumed = shutil.copytree(saved, tmp_path / "run")
     for name in ("checkpoints/step_00002", "model", "adapter"):

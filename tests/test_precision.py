@@ -26,8 +26,8 @@ def planted(monkeypatch, **settings):
                         functools.partial(torch.amp.GradScaler, **settings))
 
 
-def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes_on(make_state,
-                                                                                    monkeypatch):
+def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes_on(
+        make_state, monkeypatch, capsys):
     planted(monkeypatch, init_scale=2.0**40)  # gradients in float16 end at 65504
     state, prompts = make_state(FP16)
     mini_batch, totals = make_mini_batch(state, prompts), StatTotals()
@@ -38,12 +38,15 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes
     metrics = actor_metrics(state.accelerator, totals, 0.0)
     assert metrics["actor/skipped_updates"] == 1 and metrics["actor/loss_scale"] == 2.0**39
     assert math.isfinite(metrics["actor/loss"]) and "actor/grad_norm" not in metrics
+    assert "1 process on cpu, passes in float16\n" in (printed := capsys.readouterr().out)
+    assert "none was applied; scale of the loss: 5.49756e+11" in printed
     while not totals.grad_norms:
         update_policy(state, mini_batch, False, totals)
     assert not same_weights(state, before)
     assert totals.skipped_updates == 40 - math.log2(scaler.get_scale()) < 40
     loss = metrics["actor/loss"]  # the mean of equal losses
     assert actor_metrics(state.accelerator, totals, 0.0)["actor/loss"] == pytest.approx(loss)
+    assert "none was applied" not in capsys.readouterr().out
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_run_in_one_line(make_state):
