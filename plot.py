@@ -2,10 +2,12 @@
 
 `--metrics actor/entropy 'val/*/avg@*'` draws metrics of one's choice, a panel for each pattern.
 Of a single run, each metric has a colour; of several, each run has a colour, each metric a style.
+`python plot.py runs/a --step 8` writes a page with that step's responses, to be read in a browser.
 """
 
 import argparse
 import difflib
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from infra.config import one_line_errors
+from infra.step_page import write_step_page
 
 PANELS = {  # title: patterns of metric names; those that no run has are not drawn
     "validation": ("val/*/avg@*", "val/*/maj@*", "val/*/score@*"),
@@ -50,8 +53,10 @@ def match_metrics(runs: dict[str, list[dict]], patterns: Sequence[str]) -> list[
                               if fnmatchcase(name, pattern)))
 
 
-def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, metrics: Sequence[str] = ()) -> None:
-    """Draw the patterns `metrics`, or else `PANELS`, for all runs into the file `out`.
+def plot_runs(run_dirs: Sequence[str | Path], out: str | Path | io.BytesIO,
+              metrics: Sequence[str] = (), step: int | None = None) -> None:
+    """Draw the patterns `metrics`, or else `PANELS`, for all runs into the file `out`; of a `step`,
+    in one column in which it is marked.
 
     Raises ValueError for a run without metrics, and for a pattern that matches no metric.
     """
@@ -64,18 +69,29 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, metrics: Sequence
             raise ValueError(f"--metrics {pattern!r} matches no metric of {', '.join(runs)}; "
                              f"nearest: {', '.join(nearest) or 'none was recorded'}")
     panels = {pattern: (pattern,) for pattern in metrics} or PANELS
-    columns = min(3, len(panels))
+    columns = min(3 if step is None else 1, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3 * lines + 0.4), layout="constrained")
     for i, (title, patterns) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(lines, columns, i, title=title, xlabel="step")
         draw_panel(axis, runs, match_metrics(runs, patterns))
+        if step is not None:
+            axis.axvline(step, color="0.6", zorder=0)
     if len(runs) == 1:
         figure.suptitle(Path(*runs).name)
     else:
         handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
         figure.legend(handles, list(runs), loc="outside upper center", ncols=4)
     figure.savefig(out, dpi=100)
+
+
+def plot_step(run_dirs: Sequence[str], step: int, out: str | Path, metrics: Sequence[str]) -> None:
+    """Write the page of a step of a run, with its curves, into the file `out`."""
+    if len(run_dirs) > 1:
+        raise ValueError(f"--step shows a step of one run, {len(run_dirs)} are named")
+    rows = {row["step"]: row for row in read_metrics(run_dirs[0])}
+    plot_runs(run_dirs, curves := io.BytesIO(), metrics, step)
+    write_step_page(run_dirs[0], step, rows.get(step, {}), curves.getvalue(), out)
 
 
 def draw_panel(axis, runs: dict[str, list[dict]], names: list[str]) -> None:
@@ -100,11 +116,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="directories of runs")
     parser.add_argument("--metrics", nargs="+", default=(), metavar="PATTERN",
                         help="names of metrics, * matches any characters; default: nine panels")
-    parser.add_argument("--out", default="curves.png", help="the picture; default: %(default)s")
+    parser.add_argument("--step", type=int, metavar="N", help="write the page of this step instead")
+    parser.add_argument("--out", help="the file that is written; default: curves.png, or "
+                        "step_N.html in the run's directory")
     args = parser.parse_args()
     with one_line_errors():
-        plot_runs(args.runs, args.out, args.metrics)
-    print(f"wrote {args.out}")
+        if args.step is None:
+            plot_runs(args.runs, out := args.out or "curves.png", args.metrics)
+        else:
+            out = args.out or str(Path(args.runs[0]) / f"step_{args.step:05d}.html")
+            plot_step(args.runs, args.step, out, args.metrics)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

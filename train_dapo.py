@@ -58,6 +58,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
                  config.total_training_steps, initial=counters["step"],
                  disable=not state.accelerator.is_main_process)
+    num_recorded = config.save_rollouts if config.save_token_stats else 0  # groups, by token
     for step in steps:                                              # 1: for step = 1..M
         timer, generated, kept, gen_batches = Timer(), [], [], 0    # 3: the policy is now pi_old
         while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: until the buffer is full
@@ -82,7 +83,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
         count_groups(counters, len(kept), len(generated), len(groups))
         stop_reason = check_underfilled(state, counters, step, kept, generated, gen_batches)
 
-        advantages, metrics, totals = None, {}, StatTotals()
+        advantages, metrics, totals = None, {}, StatTotals(groups[:num_recorded])
         if groups:
             advantages = compute_advantages(config, groups)         # 9: advantages
             samples = make_samples(config, groups, advantages)
@@ -111,7 +112,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                    **timer.metrics(generated)}
         if not stop_reason:
             metrics |= validation_metrics(state, data.val, step, progress.evaluations)
-        log_step(state, metrics, groups or generated, advantages)
+        log_step(state, metrics, generated, groups, advantages, totals)
         if stop_reason:  # raised only now, so that the step is logged
             raise ValueError(stop_reason)
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
@@ -208,7 +209,7 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
                 loss, stats = compute_loss(config, state.policy, batch, on_policy, num_tokens,
                                            num_seqs)
             accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over them
-        totals.add(stats, batch["mask"])
+        totals.add(stats, batch["mask"], [mini_batch[i] for i in indices])
     norm = accelerator.clip_grad_norm_(state.policy.parameters(), config.actor.grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     finite, scaler = math.isfinite(norm), accelerator.scaler

@@ -48,7 +48,8 @@ def read_rows(file: Path) -> list[dict]:
 def compare(old: Path, new: Path) -> tuple[list[str], list[str]]:
     """What differs between two runs' directories, and the metrics that only one of them has."""
     differences, lacking, counts = [], set(), {"responses": 0, "values": 0}
-    for file in sorted({path.name for path in [*old.glob("rollouts/*"), *new.glob("rollouts/*")]}):
+    for file in sorted({path.name for path in [*old.glob("rollouts/step_*"),
+                                           *new.glob("rollouts/step_*")]}):
         files = [run_dir / "rollouts" / file for run_dir in (old, new)]
         rows, others = (read_rows(path) if path.exists() else [] for path in files)
         if len(rows) != len(others):

@@ -220,7 +220,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             (run_dir / "rollouts").mkdir(exist_ok=True)
-            for file in (run_dir / "rollouts").glob("step_*.jsonl"):
+            for file in (run_dir / "rollouts").glob("*.jsonl"):
                 if _step(file) > step:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
@@ -428,7 +428,7 @@ def _digest(file: Path) -> str:
 
 
 def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step_")
+    digits = path.stem.rpartition("_")[2]
     return int(digits) if digits.isdigit() else 0
 
 

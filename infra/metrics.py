@@ -7,13 +7,17 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +28,7 @@ from infra.memory import out_of_memory
 from infra.setup import TrainState
 from losses import Stat
 from reward import mean_extra
-from sampling import Group
+from sampling import Group, Sample, keep_group
 
 
 class Timer:
@@ -55,17 +59,23 @@ class Timer:
 
 
 class StatTotals:
-    """The statistics that losses return, summed over the micro-batches and ranks of a step.
+    """The statistics that losses return, summed over the micro-batches and ranks of a step; for the
+    responses of the groups `saved`, those of each token too.
 
     Every rank must add the same names in the same order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved: Sequence[Group] = ()) -> None:
         self.sums, self.counts, self.maxima = {}, {}, {}
         self.grad_norms, self.skipped_updates = [], 0
+        self.token_stats = {id(response.token_ids): None  # samples have the same arrays
+                            for group in saved for response in group.responses}
 
-    def add(self, stats: dict[str, Stat], mask: Tensor) -> None:
-        """Add those of a micro-batch, whose loss has the mask (B, T)."""
+    def add(self, stats: dict[str, Stat], mask: Tensor, samples: Sequence[Sample] = ()) -> None:
+        """Add those of a micro-batch, whose loss has the mask (B, T): a row for each sample."""
+        for row, sample in enumerate(samples):
+            if sample.in_loss and id(sample.response_ids) in self.token_stats:
+                self._add_token_stats(stats, mask, row, sample.response_ids)
         for name, (values, reduce, stat_mask) in stats.items():
             counted = mask if stat_mask is None else mask & stat_mask
             values = values.detach()
@@ -82,6 +92,28 @@ class StatTotals:
                 self.counts[name] = self.counts.get(name, 0) + counted.sum(dtype=torch.float64)
             elif reduce != "sum":
                 raise ValueError(f"Stat {name}: reduce {reduce!r} is none of mean, sum, max")
+
+    def _add_token_stats(self, stats: dict[str, Stat], mask: Tensor, row: int,
+                         token_ids: np.ndarray) -> None:
+        """Keep the values at each token of a response, and which tokens a bool statistic flags."""
+        values, flags = {}, {}
+        for name, stat in stats.items():
+            if stat.values.dtype == torch.bool or name in ("ratio", "entropy", "token_prob"):
+                of_tokens = stat.values.detach().expand(mask.shape)[row, :len(token_ids)]
+                if of_tokens.dtype == torch.bool:
+                    flags[name] = of_tokens.nonzero().flatten().tolist()
+                else:
+                    values[name] = [float(f"{value:.4g}") for value in of_tokens.tolist()]
+        update = len(self.grad_norms) + self.skipped_updates + 1  # of this step
+        self.token_stats[id(token_ids)] = {"update": update, "values": values, "flags": flags}
+
+    def gather_token_stats(self) -> dict[int, dict | None]:
+        """By the id of a saved response's `token_ids`: its statistics when it was trained last, on
+        any rank; None if it was not."""
+        of_ranks = gather_object([list(self.token_stats.values())])
+        last = [max(filter(None, found), key=lambda stats: stats["update"], default=None)
+                for found in zip(*of_ranks, strict=True)]
+        return dict(zip(self.token_stats, last, strict=True))
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The statistics over all ranks; a mean or maximum over no token is left out."""
@@ -164,9 +196,36 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     return metrics
 
 
-def rollout_records(step: int, groups: list[Group], advantages: list | None) -> Iterator[str]:
+def token_texts(tokenizer, token_ids: np.ndarray) -> list[str]:
+    """The text of each token; a character that several tokens make comes with the last of them."""
+    backend, texts = getattr(tokenizer, "backend_tokenizer", None), []
+    if backend is None:
+        return tokenizer.batch_decode([[token] for token in token_ids.tolist()])
+    stream = DecodeStream(skip_special_tokens=False)
+    for token in token_ids.tolist():
+        try:
+            texts.append(stream.step(backend, token) or "")
+        except Exception:  # the tokens so far are bytes that are no text
+            stream = DecodeStream(skip_special_tokens=False)
+            texts.append(backend.decode([token], skip_special_tokens=False))
+    return texts
+
+
+def drop_reason(group: Group, filter_groups: SimpleNamespace, skipped: bool) -> str:
+    """Why a group was not trained. `skipped`: the step was."""
+    if keep_group(group, filter_groups):
+        return "step skipped" if skipped else "beyond train_batch_size"
+    accs = {score.acc for score in group.scores}
+    if accs == {1}:
+        return "all correct"
+    return "all wrong" if accs == {0} else f"same {filter_groups.metric}"
+
+
+def rollout_records(step: int, groups: list[Group], advantages: list | None,
+                    reasons: dict[int, str], token_stats: dict) -> Iterator[str]:
     """Lines of a rollout file: a response each, with all that belongs to it, as JSON in ASCII, so
-    that nothing the policy wrote reaches a terminal. `advantages` is None if the step was skipped.
+    that nothing the policy wrote reaches a terminal. `advantages` is None if the groups were not
+    trained, for the `reasons` by position. `token_stats`: see `gather_token_stats`.
     """
     for g, group in enumerate(groups):
         for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
@@ -176,22 +235,49 @@ def rollout_records(step: int, groups: list[Group], advantages: list | None) -> 
             yield json.dumps({
                 "step": step, "position": group.position,
                 **response_record(group.prompt, response, score), "reward": group.rewards[i],
-                "final_reward": group.final_rewards[i], "advantage": advantage}) + "\n"
+                "final_reward": group.final_rewards[i], "advantage": advantage,
+                "dropped": reasons.get(group.position),
+                "token_stats": token_stats.get(id(response.token_ids))}) + "\n"
 
 
-def log_step(state: TrainState, metrics: dict, groups: list[Group] = (),
-             advantages: list | None = None) -> None:
-    """Write a row to metrics.jsonl and the tracker, and the first groups to rollouts/."""
+def log_step(state: TrainState, metrics: dict, generated: Sequence[Group] = (),
+             groups: Sequence[Group] = (), advantages: list | None = None,
+             totals: StatTotals | None = None) -> None:
+    """Write a row to metrics.jsonl and the tracker, and some of the groups that were generated, and
+    of those that were trained, `groups`, to rollouts/."""
     run_dir, step = Path(state.config.run_dir), metrics["step"]
-    groups = groups[:state.config.save_rollouts]
+    token_stats = totals.gather_token_stats() if totals else {}
     with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
         state.accelerator.log(metrics, step=step)
         if state.accelerator.is_main_process:
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if groups:
-                file = run_dir / "rollouts" / f"step_{step:05d}.jsonl"
-                file.write_text("".join(rollout_records(step, groups, advantages)), "utf-8")
+            if generated and state.config.save_rollouts:
+                write_rollouts(state, step, generated, groups, advantages, token_stats)
+
+
+def write_rollouts(state: TrainState, step: int, generated: Sequence[Group],
+                   groups: Sequence[Group], advantages: list | None, token_stats: dict) -> None:
+    """Write two files: step_N, the first groups that were trained; dropped_N, as many of those that
+    were not, of all reasons in turn. Of a skipped step those are step_N."""
+    config, rollouts = state.config, Path(state.config.run_dir) / "rollouts"
+    trained, reasons, by_reason = {group.position for group in groups}, {}, {}
+    for group in generated:
+        if group.position not in trained:
+            reason = drop_reason(group, config.filter_groups, skipped=not groups)
+            reasons[group.position] = reason
+            by_reason.setdefault(reason, []).append(group)
+    turns = zip_longest(*by_reason.values())  # the first of each reason, the second of each, ...
+    dropped = [group for turn in turns for group in turn if group][:config.save_rollouts]
+    groups = groups[:config.save_rollouts]
+    for response in (response for group in groups for response in group.responses):
+        if stats := token_stats.get(id(response.token_ids)):
+            stats["texts"] = token_texts(state.tokenizer, response.token_ids)
+    lines = rollout_records(step, groups or dropped, advantages, reasons, token_stats)
+    (rollouts / f"step_{step:05d}.jsonl").write_text("".join(lines), "utf-8")
+    if groups and dropped:
+        lines = rollout_records(step, dropped, None, reasons, token_stats)
+        (rollouts / f"dropped_{step:05d}.jsonl").write_text("".join(lines), "utf-8")
 
 
 def progress_text(metrics: dict, evaluations: Evaluations) -> str:

@@ -113,8 +113,8 @@ def mean_mismatch(state, prompts: list[list[int]], groups: list[list[Response]])
 
 
 class Step(NamedTuple):
-    """What `train` handed to `log_step`: of a skipped step all generated groups, and no
-    advantages."""
+    """What `train` handed to `log_step`; `groups` are those trained, or of a skipped step, which
+    has no advantages, all generated ones."""
     metrics: dict
     groups: list[Group]
     advantages: list | None
@@ -130,7 +130,9 @@ def train_steps(monkeypatch):
 
     def train_steps(state, prompts, counters: dict | None = None) -> list[Step]:
         steps = []
-        monkeypatch.setattr(train_dapo, "log_step", lambda state, *args: steps.append(Step(*args)))
+        monkeypatch.setattr(
+            train_dapo, "log_step", lambda state, metrics, generated, groups, advantages, totals:
+            steps.append(Step(metrics, groups or generated, advantages)))
         monkeypatch.setattr(train_dapo, "save_results", lambda state, progress: False)
         train_dapo.train(state, Data(prompts, {}), Progress(Counter(counters or {}), {}, {}))
         return steps

@@ -394,7 +394,8 @@ def origin(saved, tmp_path):
 
 def test_a_checkpoint_that_is_named_starts_a_new_directory(start, origin, uninterrupted):
     run_dir = start(*SAVED, "total_training_steps=3", f"resume={origin}")
-    assert run_differences(uninterrupted, run_dir) == ["rollouts/step_00001.jsonl"]
+    assert run_differences(uninterrupted, run_dir) == [
+        "rollouts/dropped_00001.jsonl", "rollouts/step_00001.jsonl"]
     with pytest.raises(SystemExit, match="holds an earlier run"):
         start("total_training_steps=4", f"resume={origin.with_name('step_00002')}")
 

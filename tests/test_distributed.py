@@ -153,6 +153,8 @@ def assert_alike(one, other):
             assert np.array_equal(one[f"{mode}/{name}"], other[f"{mode}/{name}"]), (mode, name)
         losses = [results[f"{mode}/losses"] for results in (one, other)]
         assert np.allclose(*losses, rtol=1e-5, atol=1e-5)
+        saved = [results[f"{mode}/saved"] for results in (one, other)]  # of tokens, on any rank
+        assert len(saved[0]) and np.allclose(*saved, rtol=2e-3, atol=1e-4)
         gradients, others = one[f"{mode}/gradients"], other[f"{mode}/gradients"]
         assert gradients.shape == others.shape and len(gradients) == 4
         assert np.abs(gradients - others).max() < 1e-5 * max(1.0, np.abs(gradients).max()), mode

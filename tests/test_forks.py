@@ -124,6 +124,8 @@ def test_cispo_clips_the_weight_and_keeps_the_gradient(fork):
     loss.sum().backward()  # -min(r, 1.28) A; PPO has 0 for the second and the fourth
     assert logprobs.grad[0].tolist() == pytest.approx([-1, -1.28, -0.5, 0.5, 1.28])
     assert stats["weight_clip_frac"].values[0].tolist() == [False, True, False, False, True]
+    # the page of a step shows `clip_frac...` as tokens without a gradient
+    assert not [name for name in stats if name.startswith("clip_frac")]
 
 
 @of_fork("leave_one_out")

@@ -2,18 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_group
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from infra.data import Prompt
 from infra.metrics import (StatTotals, actor_metrics, mean, progress_text, rollout_metrics,
-                           rollout_records)
+                           rollout_records, token_texts)
 from losses import Stat
 from reward import Score
+from sampling import Sample
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 VALUES = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
@@ -74,6 +79,24 @@ def test_no_gradient_is_kept_and_what_stands_in_the_padding_has_no_effect():
     totals.add({"x": Stat(values), "y": Stat(values, "max")}, MASK)
     assert not totals.sums["x"].requires_grad and not totals.maxima["y"].requires_grad
     assert totals.reduce(Accelerator(cpu=True)) == {"x": 3, "y": 6}
+
+
+def test_tokens_of_saved_responses_are_kept_as_they_were_trained_last():
+    saved, other = make_group(0, PROMPT, [1, 0], length=2), make_group(1, PROMPT, [1], length=3)
+    first, second = (Sample([1], response.token_ids, 0.0) for response in saved.responses)
+    unsaved = Sample([1], other.responses[0].token_ids, 0.0)
+    totals = StatTotals([saved])
+    totals.add({"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "other": Stat(VALUES)},
+               torch.ones(2, 3, dtype=torch.bool), [first, unsaved])
+    totals.grad_norms.append(1.0)
+    assert list(totals.gather_token_stats().values()) == [
+        {"update": 1, "values": {"ratio": [1.25, 0.1235]}, "flags": {}}, None]
+    stats = {"entropy": Stat(torch.tensor([[2.0], [3.0]])),  # one value for all tokens
+             "clip_frac_low": Stat(torch.tensor([[False, True], [False, False]]))}
+    totals.add(stats, torch.tensor([[True, True], [False, False]]),
+               [first, replace(second, in_loss=False)])  # by overlong filtering
+    assert list(totals.gather_token_stats().values()) == [
+        {"update": 2, "values": {"entropy": [2.0, 2.0]}, "flags": {"clip_frac_low": [1]}}, None]
 
 
 def test_a_statistic_over_no_token_is_left_out():
@@ -140,17 +163,35 @@ def test_failures_of_reward_functions_are_counted_by_their_kind():
 def test_a_rollout_file_has_all_that_belongs_to_a_response():
     score = Score(1.0, 2.0, "5", {"words": 3.0, "note": "\x1b[31mred"})
     group = make_group(7, Prompt(3, "2+3?", [1], "5", {}), [score, 0])
-    first, second = map(json.loads, rollout_records(4, [group], [[0.5, torch.tensor([1.0, 2.0])]]))
+    first, second = map(json.loads, rollout_records(
+        4, [group], [[0.5, torch.tensor([1.0, 2.0])]], {},
+        {id(group.responses[0].token_ids): {"update": 1}}))
     assert first == {
         "step": 4, "position": 7, "prompt": "2+3?", "answer": "5", "response": "", "tokens": 3,
         "finish_reason": "stop", "pred": "5", "acc": 1.0, "score": 2.0, "reward": 2.0,
         "final_reward": 2.0, "advantage": 0.5, "status": "ok", "reward/words": 3.0,
-        "reward/note": "\x1b[31mred"}
-    assert second["advantage"] == [1.0, 2.0]
-    (skipped, _) = map(json.loads, rollout_records(4, [group], None))
-    assert skipped["advantage"] is None
+        "reward/note": "\x1b[31mred", "dropped": None, "token_stats": {"update": 1}}
+    assert second["advantage"] == [1.0, 2.0] and second["token_stats"] is None
+    (dropped, _) = map(json.loads, rollout_records(4, [group], None, {7: "all correct"}, {}))
+    assert dropped["advantage"] is None and dropped["dropped"] == "all correct"
     assert all(line.isascii() and line.count("\n") == 1 and "\x1b" not in line
-               for line in rollout_records(4, [group], None))
+               for line in rollout_records(4, [group], None, {}, {}))
+
+
+def test_the_texts_of_tokens_join_to_the_text_whatever_the_policy_writes():
+    """A character of several tokens comes with the last of them; bytes that are none do not stop
+    the run."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, merges=[], unk_token="?", vocab={
+        "?": 0, "a": 1, "▁b": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                         decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    smile = [3 + byte for byte in "☺".encode()]
+    ids = np.array([1, 2, *smile, 2, 1])
+    assert token_texts(tokenizer, ids) == ["a", " b", "", "", "☺", " b", "a"]
+    for seed in range(20):
+        ids = np.random.default_rng(seed).integers(0, 259, 50)
+        assert len(token_texts(tokenizer, ids)) == 50
 
 
 def test_the_mean_of_nothing_is_zero():

@@ -107,7 +107,7 @@ def test_real_steps_on_the_real_file(start, tiny_qwen, gsm8k, tmp_path, capsys):
     assert rows[-1]["optimizer_steps"] == 4 and rows[-1]["actor/grad_norm"] > 0
     samples = [
         json.loads(line)
-        for path in sorted((run_dir / "rollouts").iterdir())
+        for path in sorted((run_dir / "rollouts").glob("step_*"))
         for line in path.read_text().splitlines()
     ]
     assert all(

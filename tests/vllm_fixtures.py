@@ -26,7 +26,7 @@ from rollout import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 VLLM = ["rollout.backend=vllm", "rollout.max_num_seqs=64"]
-COMMON = [*TINY, "save_rollouts=99", "save_every=1", "val.file="]
+COMMON = [*TINY, "save_rollouts=99", "save_every=1", "val.file=", "save_token_stats=false"]
 STEPS = 8  # of the run `alone`
 
 

@@ -88,10 +88,12 @@ def make_state(*overrides: str):
 
 def train(state, data, steps) -> dict:
     """Train; what was trained on, and the losses."""
-    results = {"positions": [], "tokens": [], "losses": [], "lengths": []}
+    results = {"positions": [], "tokens": [], "losses": [], "lengths": [], "saved": []}
 
-    def log_step(state, metrics, groups, advantages):
+    def log_step(state, metrics, generated, groups, advantages, totals):
         results["losses"].append(metrics["actor/loss"])
+        for of_response in totals.gather_token_stats().values():
+            results["saved"] += of_response["values"]["ratio"] + of_response["values"]["entropy"]
         for group in groups:
             results["positions"].append(group.position)
             for response in group.responses:
