@@ -1,21 +1,20 @@
 """The paper's ladder from naive GRPO to DAPO, DAPO without each of its parts, and the forks.
 
-    python bench/ladder.py [--without | --forks [NAME ...]] [--config config.yaml] [--seeds 0 1 2]
-        [--out runs/ladder] [--picture ladder.png] [--jobs N] [key.sub=value ...]
+    python bench/ladder.py [--without | --forks [NAME ...]] [--config configs/ladder.yaml]
+        [--seeds 0 1 2] [--out runs/ladder] [--picture ladder.png] [--jobs N] [key.sub=value ...]
 
 Every row is trained once for each seed, `--jobs` runs at a time (default: one per core), with what
 the config and the overrides say; a row turns techniques off, or applies a patch of forks/ to a copy
 of the repository. DAPO is the config as it is. The same command resumes: a finished run is kept,
 and tables share DAPO's (after a change of the code, name another --out).
 
-Accuracy is that of the last validation; entropy, length and truncated share those of the last step;
-informative groups those of all steps. Differences are paired by seed: to the row before in the
-ladder, to DAPO in the other tables. Intervals are Student's, of 95%, over seeds.
-
-Prints a table in Markdown, and exits with 1 if the interval of DAPO minus naive GRPO reaches 0.
+Prints two tables in Markdown: each row's means over the seeds, and its differences, paired by seed,
+to the row before in the ladder and to DAPO in the other tables. Intervals are Student's, of 95%.
+Exits with 1 if that of the accuracy (of all steps) of DAPO minus naive GRPO reaches 0.
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,13 +157,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(t * values.std(ddof=1) / len(values)**0.5)
 
 
-def last(name: str) -> Callable[[list[dict]], float]:
-    """The last value of a metric in a run's rows, NaN if there is none."""
-    return lambda rows: next((row[name] for row in reversed(rows) if name in row), float("nan"))
-
-
-def accuracy_name(rows: list[dict]) -> str:
-    return next(name for name in rows[0] if re.fullmatch(r"val/.*/avg@\d+", name))
+def over_steps(value: Callable[[dict], float], last_share: float = 1.0) -> Callable:
+    """The mean of a step's value over a run's steps (those that trained), or the last of them."""
+    def mean(run: list[dict]) -> float:
+        values = [value(row) for row in run if "actor/entropy" in row] or [math.nan]
+        return float(np.mean(values[-math.ceil(last_share * len(values)):]))
+    return mean
 
 
 def informative(row: dict) -> float:
@@ -171,27 +170,41 @@ def informative(row: dict) -> float:
     return 1 - row["groups/all_correct"] - row["groups/all_wrong"]
 
 
-def table(rows: list[Row], runs: dict[Row, list[list[dict]]], to_first: bool) -> list[str]:
-    """The lines of the table in Markdown. `runs`: each row's runs, in the order of the seeds."""
-    name = accuracy_name(runs[rows[0]][0])
-    lines = [f"| | {name.rpartition('/')[2]} | difference to "
-             f"{rows[0].name if to_first else 'the row before'} | entropy | length | truncated | "
-             "informative groups | responses generated |", "|---" * 8 + "|"]
-    accuracies = {row: [last(name)(run) for run in runs[row]] for row in rows}
-    for i, row in enumerate(rows):
-        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in [interval(accuracies[row])]]
-        other = accuracies[rows[0 if to_first else i - 1]]
-        mean, half = interval(np.subtract(accuracies[row], other))
-        cells.append(f"{mean:+.3f} ± {half:.3f}" if i else "")
-        for metric, digits in (("actor/entropy", 3), ("response_length/mean", 1),
-                               ("response_length/truncated", 3)):
-            cells.append(f"{np.mean([last(metric)(run) for run in runs[row]]):.{digits}f}")
-        steps = [step for run in runs[row] for step in run if "groups/all_wrong" in step]
-        cells.append(f"{np.mean([informative(step) for step in steps]):.2f}")
-        generated = [sum(step.get("responses/generated", 0) for step in run) for run in runs[row]]
-        cells.append(f"{np.mean(generated):.0f}")
-        lines.append(f"| {row.name} | {' | '.join(cells)} |".replace("± nan", ""))
+def accuracy_at_the_end(run: list[dict]) -> float:
+    return next(row[name] for row in reversed(run) for name in row
+                if re.fullmatch(r"val/.*/avg@\d+", name))
+
+
+MEASURES = {  # of a run: what the columns hold, and digits
+    "accuracy, all steps": (over_steps(itemgetter("acc/before_filter")), 3),
+    "validation, end": (accuracy_at_the_end, 3),
+    "entropy, last quarter": (over_steps(itemgetter("actor/entropy"), 0.25), 3),
+    "length": (over_steps(itemgetter("response_length/mean")), 1),
+    "truncated": (over_steps(itemgetter("response_length/truncated")), 3),
+    "informative of trained": (over_steps(lambda row: informative(row) / row["groups/kept"]), 2),
+    "responses generated": (lambda run: sum(row.get("responses/generated", 0) for row in run), 0)}
+
+
+def tables(rows: list[Row], runs: dict[Row, list[list[dict]]], to_first: bool) -> list[str]:
+    """The lines of both tables in Markdown. `runs`: each row's runs, in the order of the seeds."""
+    values = {row: {name: np.array([measure(run) for run in runs[row]], dtype=float)
+                    for name, (measure, _) in MEASURES.items()} for row in rows}
+    head = [f" | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
+    lines = ["|" + head[0], head[1]]
+    for row in rows:
+        cells = [cell(values[row][name], f".{digits}f") for name, (_, digits) in MEASURES.items()]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    lines += ["", f"| minus {'DAPO' if to_first else 'the row before'}" + head[0], head[1]]
+    for before, row in zip([rows[0]] * len(rows) if to_first else rows, rows[1:], strict=False):
+        cells = [cell(values[row][name] - values[before][name], f"+.{digits}f")
+                 for name, (_, digits) in MEASURES.items()]
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return lines
+
+
+def cell(values: np.ndarray, digits: str) -> str:
+    mean, half = interval(values)
+    return f"{mean:{digits}}" if math.isnan(half) else f"{mean:{digits}} ± {half:{digits[-3:]}}"
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -216,9 +229,8 @@ def curve(runs: list[list[dict]], value: Callable[[dict], float | None],
 def draw(rows: list[Row], runs: dict[Row, list[list[dict]]], path: Path) -> None:
     """Draw mean curves of all rows with bands of 95% into the file `path`."""
     from matplotlib.figure import Figure
-    name = accuracy_name(runs[rows[0]][0])
-    panels = [("accuracy over steps", lambda row: row.get(name), False),
-              ("accuracy over responses generated", lambda row: row.get(name), True),
+    panels = [("accuracy over steps", lambda row: row.get("acc/before_filter"), False),
+              ("accuracy over responses generated", lambda row: row.get("acc/before_filter"), True),
               ("entropy", lambda row: row.get("actor/entropy"), False),
               ("response length (tokens)", lambda row: row.get("response_length/mean"), False),
               ("truncated (share)", lambda row: row.get("response_length/truncated"), False),
@@ -241,7 +253,7 @@ def draw(rows: list[Row], runs: dict[Row, list[list[dict]]], path: Path) -> None
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "config.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/ladder.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     tables = parser.add_mutually_exclusive_group()
     tables.add_argument("--without", action="store_true", help="DAPO without each of its parts")
@@ -266,13 +278,13 @@ def main() -> None:
         train_all(rows, args)
     runs = {row: [read_metrics(run_dir_of(row, seed, args)) for seed in args.seeds]
             for row in rows}
-    print("\n".join(table(rows, runs, to_first=rows[0].name == "DAPO")))
+    print("\n".join(tables(rows, runs, to_first=rows[0].name == "DAPO")))
     if args.picture:
         draw(rows, runs, args.picture)
     if rows[0].name == "DAPO":
         sys.exit(print(f"\n{len(args.seeds)} seeds; no goal"))
-    name = accuracy_name(runs[rows[0]][0])
-    difference, half = interval([last(name)(dapo) - last(name)(grpo)
+    accuracy = MEASURES["accuracy, all steps"][0]
+    difference, half = interval([accuracy(dapo) - accuracy(grpo)
                                  for dapo, grpo in zip(runs[rows[-1]], runs[rows[0]], strict=True)])
     print(f"\nDAPO minus naive GRPO, {len(args.seeds)} seeds: {difference:+.3f} ± {half:.3f} "
           "(goal above 0)")

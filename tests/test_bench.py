@@ -125,28 +125,31 @@ def test_the_ladder_ends_with_dapo_and_each_row_without_a_part_lacks_that_one():
     assert sorted(rows("--forks")) == ["DAPO", *sorted(forks)]
 
 
-def fake_run(accuracies: list[float], informative: float = 0.5) -> list[dict]:
-    """The rows of a run that generates 10 responses a step."""
+def fake_run(accuracies: list[float], kept: float = 1.0) -> list[dict]:
+    """The rows of a run that generates 10 responses a step, in half of whose groups all are wrong."""
     rows = [{"step": 0, "val/val/avg@4": 0.1}]
     for step, accuracy in enumerate(accuracies, 1):
-        rows.append({"step": step, "val/val/avg@4": accuracy, "responses/generated": 10,
-                     "groups/all_correct": 0.0, "groups/all_wrong": 1 - informative,
-                     "actor/entropy": 0.2, "response_length/mean": 7.0,
+        rows.append({"step": step, "acc/before_filter": accuracy, "responses/generated": 10,
+                     "groups/all_correct": 0.0, "groups/all_wrong": 0.5, "groups/kept": kept,
+                     "actor/entropy": 0.3 - step / 10, "response_length/mean": 7.0,
                      "response_length/truncated": 0.0})
-    return rows
+    return [*rows[:-1], {**rows[-1], "val/val/avg@4": 0.9}]
 
 
 def test_differences_are_paired_by_seed_and_curves_count_responses():
     grpo, dapo = ladder.Row("naive GRPO"), ladder.Row("DAPO")
     runs = {grpo: [fake_run([0.2, 0.4]), fake_run([0.2, 0.8])],
-            dapo: [fake_run([0.2, 0.5]), fake_run([0.4, 0.9], informative=1)]}
-    header, _, first, second = ladder.table([grpo, dapo], runs, to_first=False)
-    assert header.startswith("| | avg@4 | difference to the row before |")
-    # 0.6 and 12.706 * 0.2 (their distance by 2); each seed gained 0.1
-    assert first == "| naive GRPO | 0.600 ± 2.541 |  | 0.200 | 7.0 | 0.000 | 0.50 | 20 |"
-    assert second == "| DAPO | 0.700 ± 2.541 | +0.100 ± 0.000 | 0.200 | 7.0 | 0.000 | 0.75 | 20 |"
-    x, y = ladder.curve(runs[grpo], lambda row: row.get("val/val/avg@4"), over_responses=True)
-    assert x == [0, 10, 20] and [mean for mean, _ in y] == pytest.approx([0.1, 0.2, 0.6])
+            dapo: [fake_run([0.3, 0.5]), fake_run([0.3, 0.9], kept=0.5)]}
+    lines = ladder.tables([grpo, dapo], runs, to_first=False)
+    # accuracy: 0.3 and 0.5, 12.706 * 0.1 (their distance by 2); each seed gained 0.1; entropy: 0.1
+    # in the last quarter of two steps; half of what is trained is informative, or all of it
+    assert lines[2] == ("| naive GRPO | 0.400 ± 1.271 | 0.900 ± 0.000 | 0.100 ± 0.000 | 7.0 ± 0.0 "
+                        "| 0.000 ± 0.000 | 0.50 ± 0.00 | 20 ± 0 |")
+    assert lines[5].startswith("| minus the row before | accuracy, all steps |")
+    assert lines[7] == ("| DAPO | +0.100 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 | +0.0 ± 0.0 "
+                        "| +0.000 ± 0.000 | +0.25 ± 3.18 | +0 ± 0 |")
+    x, y = ladder.curve(runs[grpo], lambda row: row.get("acc/before_filter"), over_responses=True)
+    assert x == [10, 20] and [mean for mean, _ in y] == pytest.approx([0.2, 0.6])
 
 
 @pytest.mark.slow

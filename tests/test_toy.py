@@ -105,6 +105,14 @@ def test_the_committed_base_can_reason_but_seldom_does(model, tokenizer):
     assert (ROOT / "toy/base/model.safetensors").stat().st_size < 2_000_000
 
 
+def test_the_base_of_the_ladder_shows_its_work_more_seldom(tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "toy/hard/base").eval()
+    accuracy, share, worked = measure_style(base, tokenizer)
+    assert accuracy < 0.20 and 0.02 < share < 0.12 and worked > 0.70
+    text = toy.make_demonstration(random.Random(0), 1, 0, 0, pause_rate=1)[1]
+    assert text.count("=") == text.count(toy.FILLER) > 0  # one after each step
+
+
 def test_the_code_still_writes_the_committed_data_files(tmp_path):
     seen = set()
     toy.write_problems(tmp_path / "val.jsonl", "validation", 500, seen)

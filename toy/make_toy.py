@@ -35,6 +35,7 @@ ANSWER, FILLER, EOS = "\nAnswer: ", ".", "<eos>"
 VOCABULARY = [EOS, *"0123456789+-*=?", FILLER, ANSWER, *LABELS]
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 RATES = (0.2, 0.1, 0.15)  # of the base model's style: see `make_demonstration`
+LONGEST_PADDING, PAUSE_RATE = 88, 0.0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,10 +64,12 @@ def make_problem(rng: random.Random) -> tuple[dict, list[str]]:
 
 
 def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float,
-                       filler_rate: float) -> tuple[str, str]:
+                       filler_rate: float, longest_padding: int = LONGEST_PADDING,
+                       pause_rate: float = PAUSE_RATE) -> tuple[str, str]:
     """A prompt and a response to imitate.
 
-    The rates are shares: of worked responses, of errors among those, and of padded responses.
+    The rates are shares: of worked responses, of errors among those, of padded responses, and of
+    worked steps that a filler follows, which changes nothing: a free choice.
     """
     problem, steps = make_problem(rng)
     answer, kind, thoughts = problem["answer"], rng.random(), ""
@@ -74,9 +77,11 @@ def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float
         if rng.random() < error_rate:  # leaves steps out, and guesses
             steps = steps[:rng.randrange(len(steps))]
             answer = str(rng.randint(0, 9))
+        if pause_rate:
+            steps = [step + FILLER * (rng.random() < pause_rate) for step in steps]
         thoughts = "".join(steps)
     elif kind < worked_rate + filler_rate:
-        thoughts = FILLER * rng.randint(4, 88)
+        thoughts = FILLER * rng.randint(4, longest_padding)
     return problem["prompt"], thoughts + ANSWER + answer
 
 
@@ -105,7 +110,9 @@ def reasoning_accuracy(model, tokenizer, problems: int = 200) -> float:
     return right.scatter(1, first, True).all(1).float().mean().item()
 
 
-def make_base_model(tokenizer, seed: int, rates: Sequence[float]) -> LlamaForCausalLM:
+def make_base_model(tokenizer, seed: int, rates: Sequence[float],
+                    longest_padding: int = LONGEST_PADDING,
+                    pause_rate: float = PAUSE_RATE) -> LlamaForCausalLM:
     """A model trained on reasoning until it is good at it, then on style with the given rates.
 
     Raises RuntimeError if it does not become good.
@@ -119,7 +126,8 @@ def make_base_model(tokenizer, seed: int, rates: Sequence[float]) -> LlamaForCau
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
     def sft_step(rates, lr):
-        demonstrations = [make_demonstration(rng, *rates) for _ in range(32)]
+        demonstrations = [make_demonstration(rng, *rates, longest_padding, pause_rate)
+                          for _ in range(32)]
         ids, labels = make_sft_batch(demonstrations, tokenizer)
         model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,10 +165,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs=3, default=RATES, help="shares of responses: "
                         "worked; with errors, of those; padded", metavar="RATE")
+    parser.add_argument("--longest-padding", type=int, default=LONGEST_PADDING, help="tokens")
+    parser.add_argument("--pauses", type=float, default=PAUSE_RATE,
+                        help="share of worked steps that a filler follows")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    model = make_base_model(tokenizer, args.seed, args.rates)
+    model = make_base_model(tokenizer, args.seed, args.rates, args.longest_padding, args.pauses)
     model.save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
     seen: set[str] = set()
