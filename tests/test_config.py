@@ -298,7 +298,7 @@ def test_neither_the_embedded_task_nor_an_evaluation_nor_other_ranks_warn(capsys
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "configs").glob("*qwen*.yaml")), ids=lambda p: p.name
+    "recipe", sorted((ROOT / "configs").glob("[!a]*.yaml")), ids=lambda p: p.name
 )
 def test_every_recipe_sets_all_that_suits_the_embedded_task_only(recipe):
     assert read_nodes(recipe).keys() >= MARKED
@@ -309,7 +309,7 @@ def test_every_recipe_sets_all_that_suits_the_embedded_task_only(recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "configs").glob("*qwen*.yaml")), ids=lambda p: p.name
+    "recipe", sorted((ROOT / "configs").glob("[!a]*.yaml")), ids=lambda p: p.name
 )
 def test_every_recipe_is_legal(recipe):
     load_config(recipe)
