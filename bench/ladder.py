@@ -181,6 +181,7 @@ MEASURES = {  # of a run: what the columns hold, and digits
     "entropy, last quarter": (over_steps(itemgetter("actor/entropy"), 0.25), 3),
     "length": (over_steps(itemgetter("response_length/mean")), 1),
     "truncated": (over_steps(itemgetter("response_length/truncated")), 3),
+    # without the filter all groups are kept and trained
     "informative of trained": (over_steps(lambda row: informative(row) / row["groups/kept"]), 2),
     "responses generated": (lambda run: sum(row.get("responses/generated", 0) for row in run), 0)}
 

@@ -221,7 +221,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             (run_dir / "rollouts").mkdir(exist_ok=True)
             for file in (run_dir / "rollouts").glob("*.jsonl"):
-                if _step(file) > step:
+                if file.stem.startswith(("step_", "dropped_")) and _step(file) > step:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))

@@ -100,6 +100,14 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(start, uninterrupt
     assert run_differences(uninterrupted, saved) == []
 
 
+def test_resuming_removes_rollouts_of_later_steps_and_no_other_file(start, saved):
+    for name in ("step_00009", "dropped_00009", "notes_2026"):
+        (saved / f"rollouts/{name}.jsonl").write_text("{}\n")
+    start(*SAVED, "total_training_steps=3")
+    left = {path.stem for path in (saved / "rollouts").glob("*.jsonl")}
+    assert "notes_2026" in left and not left & {"step_00009", "dropped_00009"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_exits_0_with_the_line_that_resumes(tmp_path, start,

@@ -14,7 +14,8 @@ are worked), until it follows a worked answer through; then style (few are worke
 with errors). So it is able to reason, but seldom does, which reinforcement learning then changes.
 
 `python toy/make_toy.py` writes `base/` (a transformers model directory), `train.jsonl` and
-`val.jsonl`, which are read like any other model and any other data.
+`val.jsonl`, which are read like any other model and any other data. `hard/base` is that of
+configs/ladder.yaml, which has the command.
 """
 
 import argparse
@@ -68,8 +69,9 @@ def make_demonstration(rng: random.Random, worked_rate: float, error_rate: float
                        pause_rate: float = PAUSE_RATE) -> tuple[str, str]:
     """A prompt and a response to imitate.
 
-    The rates are shares: of worked responses, of errors among those, of padded responses, and of
-    worked steps that a filler follows, which changes nothing: a free choice.
+    The rates are shares: of worked responses, of errors among those, of padded responses (at most
+    `longest_padding` tokens of filler), and of worked steps that a filler follows, which makes no
+    difference to the answer: a free choice.
     """
     problem, steps = make_problem(rng)
     answer, kind, thoughts = problem["answer"], rng.random(), ""
@@ -110,9 +112,8 @@ def reasoning_accuracy(model, tokenizer, problems: int = 200) -> float:
     return right.scatter(1, first, True).all(1).float().mean().item()
 
 
-def make_base_model(tokenizer, seed: int, rates: Sequence[float],
-                    longest_padding: int = LONGEST_PADDING,
-                    pause_rate: float = PAUSE_RATE) -> LlamaForCausalLM:
+def make_base_model(tokenizer, seed: int, rates: Sequence[float], longest_padding: int,
+                    pause_rate: float) -> LlamaForCausalLM:
     """A model trained on reasoning until it is good at it, then on style with the given rates.
 
     Raises RuntimeError if it does not become good.
@@ -165,7 +166,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs=3, default=RATES, help="shares of responses: "
                         "worked; with errors, of those; padded", metavar="RATE")
-    parser.add_argument("--longest-padding", type=int, default=LONGEST_PADDING, help="tokens")
+    parser.add_argument("--longest-padding", type=int, default=LONGEST_PADDING, help="most tokens "
+                        "of filler in a padded response")
     parser.add_argument("--pauses", type=float, default=PAUSE_RATE,
                         help="share of worked steps that a filler follows")
     args = parser.parse_args()
