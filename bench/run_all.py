@@ -78,7 +78,7 @@ def main() -> None:
             outcomes.append((False, f"FAILED {error}"))
             continue
         table, _, goal = printed.rpartition("\n")
-        goal = f"{goal}: {'reached' if reached else '**missed**'}."
+        goal += "." if "no goal" in goal else f": {'reached' if reached else '**missed**'}."
         outcomes.append((reached, f"{command}\n    {goal}"))
         section = (f"```bash\n{command}\n```\n\n<!-- printed "
                    f"-->\n{table.strip()}\n\n{goal}\n\n{where}\n"

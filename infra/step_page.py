@@ -29,7 +29,7 @@ def write_step_page(run_dir: str | Path, step: int, metrics: dict, curves: bytes
     groups, template = read_groups(Path(run_dir), step), TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     parts = {"title": html.escape(f"{Path(run_dir).resolve().name}, step {step}"),
-             "counts": describe_counts(metrics),
+             "counts": describe_counts(metrics, len(groups)),
              "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
              "curves": base64.b64encode(curves).decode(),
              "data": json.dumps(groups, ensure_ascii=False, separators=(",", ":")).replace(
@@ -42,8 +42,10 @@ def read_groups(run_dir: Path, step: int) -> list[dict]:
     """The saved groups of a step as the page shows them, those that were trained first."""
     files = [run_dir / f"rollouts/{kind}_{step:05d}.jsonl" for kind in ("step", "dropped")]
     if not files[0].exists():
-        raise ValueError(f"{files[0]}: no such file: choose a step of the run; it has responses if "
-                         "save_rollouts is not 0")
+        steps = sorted(int(path.stem[5:]) for path in files[0].parent.glob("step_*.jsonl"))
+        raise ValueError(f"{files[0]}: no such file: " + (
+            f"steps {', '.join(map(str, steps))} are there" if steps else
+            "this run has saved no responses (save_rollouts=0)"))
     groups = {}
     for file in filter(Path.exists, files):
         for location, record in read_jsonl(str(file)):
@@ -78,19 +80,20 @@ def describe_response(record: dict) -> dict:
     response = {"acc": record["acc"], "facts": facts}
     if not (stats := record.get("token_stats")):
         return response | {"text": record["response"]}
-    facts["update"] = str(stats["update"])
+    facts["trained in update"] = str(stats["update"])
     values = stats["values"] | {
         "advantage": advantage if isinstance(advantage, list) else [advantage]}
     return response | {"texts": stats["texts"], "flags": stats["flags"], "values": {
         name: quantise(of_tokens) for name, of_tokens in values.items()}}
 
 
-def describe_counts(metrics: dict) -> str:
-    """How many groups the step generated, and what became of them."""
+def describe_counts(metrics: dict, shown: int) -> str:
+    """How many groups the step generated, what became of them, how many of them are `shown`."""
     if "groups/trained" not in metrics:
         return ""
     generated, wasted = metrics["responses/generated"], metrics["responses/wasted"]
-    parts = [f"{generated} responses generated, {generated - wasted} trained"]
+    parts = [f"{generated} responses generated, {generated - wasted} trained",
+             f"{shown} groups saved (save_rollouts)"]
     parts += [f"{metrics[f'groups/{name}']:.0%} of groups {name.replace('_', ' ')}"
               for name in ("all_correct", "all_wrong") if f"groups/{name}" in metrics]
     return " · ".join(parts)

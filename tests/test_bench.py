@@ -1,8 +1,11 @@
 """Every script in bench/ runs, at its smallest size; its figures and goals are not looked at."""
 
 import json
+import math
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -122,7 +125,60 @@ def test_the_ladder_ends_with_dapo_and_each_row_without_a_part_lacks_that_one():
     without = rows("--without")
     assert without.pop("DAPO") == () and set(without.values()) == {(key,) for key in off}
     forks = [path.stem for path in (ROOT / "forks").glob("*.patch")]
-    assert sorted(rows("--forks")) == ["DAPO", *sorted(forks)]
+    assert set(rows("--forks")) == {"DAPO", *forks} - ladder.NO_EFFECT
+    assert set(rows("--forks", *forks)) == {"DAPO", *forks}
+
+
+def test_a_ladder_without_validation_has_a_table():
+    assert math.isnan(ladder.accuracy_at_the_end([{"step": 1}]))
+    assert math.isnan(ladder.informative({"step": 1}))
+
+
+def test_a_fork_that_does_not_apply_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "forks").mkdir()
+    (tmp_path / "losses.py").write_text("x = 1\n")
+    (tmp_path / "forks/own.patch").write_text(
+        "--- a/losses.py\n+++ b/losses.py\n@@ -1 +1 @@\n-y\n+z\n")
+    monkeypatch.setattr(ladder, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="own.patch does not apply: is it, or another edit"):
+        ladder.patched_copy("own", tmp_path / "out")
+
+
+def test_the_ladder_names_what_differs_from_a_run_but_not_before_it_has_begun(tmp_path):
+    args = ladder.parse(["--out", str(tmp_path), "--seeds", "0"])
+    row = ladder.Row("DAPO")
+    assert not ladder.is_finished(row, 0, args)
+    args.overrides = ["total_training_steps=3"]
+    assert not ladder.is_finished(row, 0, args)
+    run_dir = ladder.run_dir_of(row, 0, args)
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert not ladder.is_finished(row, 0, args)  # no model yet
+    (run_dir / "model").mkdir()
+    assert ladder.is_finished(row, 0, args)
+    args.overrides = ["total_training_steps=4"]
+    with pytest.raises(ValueError, match=r"other settings \(total_training_steps was 3\)"):
+        ladder.is_finished(row, 0, args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_ladder_stops_on_a_signal_with_its_runs_and_resumes(tmp_path, number):
+    command = [sys.executable, str(BENCH / "ladder.py"), "--seeds", "0", "--out", str(tmp_path),
+               *TINY[:3], "total_training_steps=4", "val.file=", "save_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    started = []
+    while not started and process.poll() is None:
+        time.sleep(0.2)
+        started = list(tmp_path.glob("*/seed_0/metrics.jsonl"))
+    process.send_signal(number)
+    assert "stopped; the same command resumes" in process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and len(list(tmp_path.glob("*/seed_0"))) <= ladder.CORES
+    lines = sum(len(path.read_text().splitlines()) for path in started)
+    time.sleep(2)  # nothing trains on
+    assert sum(len(path.read_text().splitlines()) for path in started) == lines
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "one seed, so no interval" in result.stdout, result.stderr
 
 
 def fake_run(accuracies: list[float], kept: float = 1.0) -> list[dict]:

@@ -102,6 +102,7 @@ def test_a_run_saves_the_figures_of_each_token_and_its_page_is_written(start, mo
     groups = page_data(run_dir / "step_00001.html")
     assert [group["outcome"] for group in groups][:4] == ["trained"] * 4
     assert [len(group["responses"]) for group in groups[:4]] == [4] * 4
+    assert f"{len(groups)} groups saved" in (run_dir / "step_00001.html").read_text()
     assert groups[0]["responses"][0]["texts"] == records[0]["token_stats"]["texts"]
 
 
@@ -169,9 +170,9 @@ def test_the_page_has_groups_with_outcomes_and_responses_with_all_that_was_given
     first, second = kept["responses"]
     assert first["facts"] == {
         "score": "1", "penalty": "-0.25", "reward": "0.75", "advantage": "1.5",
-        "parsed": "6", "tokens": "2", "finish": "stop", "update": "2"}
+        "parsed": "6", "tokens": "2", "finish": "stop", "trained in update": "2"}
     assert first["flags"] == {"clip_frac_high": [0]} and first["texts"] == ["6", "<eos>"]
-    assert second["text"] == "6" and "update" not in second["facts"]
+    assert second["text"] == "6" and "trained in update" not in second["facts"]
     assert second["facts"]["KL penalty"] == "-0.25" and second["facts"]["finish"] == "length"
     assert second["facts"]["advantage"] == "-2 to 1"
     assert other["outcome"] == "all correct" and len(other["responses"]) == 2
@@ -214,7 +215,7 @@ def test_a_run_of_an_older_version_shows_its_texts(make_page):
 def test_what_cannot_be_shown_is_one_line(make_page, tmp_path):
     page = make_page([make_record()])
     for step, records, message in (
-            (4, [], r"step_00004.jsonl: no such file: choose a step of the run.* save_rollouts"),
+            (4, [], r"step_00004.jsonl: no such file: steps 3 are there"),
             (3, ["{}"], r"step_00003.jsonl:1: not a response as a run saves it \(KeyError"),
             (3, [make_record(), "[]"], r"step_00003.jsonl:2: a JSON object"),
             (3, [make_record(score="1")], r"step_00003.jsonl:1: not a response")):
@@ -266,6 +267,10 @@ def test_in_a_browser_the_address_selects_shading_and_group(make_page, browse):
     dom = browse(page, "#ratio-3")
     assert [color for _, color, _ in shaded(dom)] == ["rgba(0, 110, 190, 0.75)", ""]
     assert dom.count("<pre>6</pre>") == 1  # the dropped group has texts only
+    assert '<div class="controls">' in dom and not re.search('id="token"[^>]*>no figures', dom)
+    dom = browse(make_page([make_record(texts=None)]), "")
+    assert 'class="controls" style="display: none;"' in dom
+    assert re.search('id="token"[^>]*>no figures of tokens', dom)
 
 
 @pytest.mark.slow
