@@ -1,5 +1,6 @@
 """Makes a run's parts from its config: processes, models, tokenizer, prompts, engine, optimizer."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
 
     Raises SystemExit with one line if the config names something that does not load.
     """
+    gc.set_threshold(700)  # all is imported
     accelerator = start_processes(config)
     set_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
