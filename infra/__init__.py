@@ -3,14 +3,11 @@
 GNU OpenMP's threads, torch's on a CPU, wait in a spinning loop. With other processes busy on the
 same cores, a step then takes up to 30 times as long; with this limit, 3 times, at no cost on idle
 cores. OpenMP reads it when it is loaded, so this package must be imported before torch.
-
-Imports leave no garbage, but make so many objects that looking for it takes a sixth of their time.
 """
 
 import gc
 import os
 
-gc.set_threshold(100_000)  # `setup` sets Python's own again
-
+gc.set_threshold(100_000)  # until `setup`: to look for garbage takes a sixth of the imports' time
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

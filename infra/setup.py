@@ -60,7 +60,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
 
     Raises SystemExit with one line if the config names something that does not load.
     """
-    gc.set_threshold(700)  # all is imported
+    gc.set_threshold(700)  # as usual: all is imported, see infra/__init__.py
     accelerator = start_processes(config)
     set_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
