@@ -298,8 +298,7 @@ def config_warnings(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> 
 @torch.no_grad()
 def sync_weights(state: TrainState) -> None:
     """Give the policy's weights to the engine, if it has weights of its own."""
-    policy = state.accelerator.unwrap_model(state.policy)
-    state.engine.sync(iter_full_weights(policy, tied=True))
+    state.engine.sync(iter_full_weights(state.accelerator.unwrap_model(state.policy), tied=True))
 
 
 def set_learning_rate(state: TrainState, step: int) -> float:
