@@ -5,7 +5,9 @@ same cores, a step then takes up to 30 times as long; with this limit, 3 times, 
 cores. OpenMP reads it when it is loaded, so this package must be imported before torch.
 """
 
+import gc
 import os
 
+gc.set_threshold(100_000)  # until `setup`: to look for garbage takes a sixth of the imports' time
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -1,5 +1,6 @@
 """Makes a run's parts from its config: processes, models, tokenizer, prompts, engine, optimizer."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
 
     Raises SystemExit with one line if the config names something that does not load.
     """
+    gc.set_threshold(700)  # as usual: all is imported, see infra/__init__.py
     accelerator = start_processes(config)
     set_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
@@ -296,8 +298,7 @@ def config_warnings(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> 
 @torch.no_grad()
 def sync_weights(state: TrainState) -> None:
     """Give the policy's weights to the engine, if it has weights of its own."""
-    policy = state.accelerator.unwrap_model(state.policy)
-    state.engine.sync(iter_full_weights(policy, tied=True))
+    state.engine.sync(iter_full_weights(state.accelerator.unwrap_model(state.policy), tied=True))
 
 
 def set_learning_rate(state: TrainState, step: int) -> float:

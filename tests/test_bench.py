@@ -42,6 +42,7 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
                              "--random-prompts", "2", "--random-max-tokens", "8"], "(goal 1.5)"),
     "scaling": (["actor.ppo_mini_batch_size=32", "--rounds", "1", "--sizes", "64", "128"],
                 "(goal 1.05)"),
+    "startup": (["--rounds", "1", "val.max_prompts=4"], "to the first response"),
     "update_gpu": (["--shape", "tiny", "--rounds", "1", "--tokens", "32"], "rows as they are |"),
     "update_vs_bare": (["--rounds", "1", "--models", "toy/base", "data.train_batch_size=8",
                         "rollout.n=4", "actor.ppo_mini_batch_size=16"], "(goal 0.85)"),
