@@ -8,6 +8,7 @@ cores. OpenMP reads it when it is loaded, so this package must be imported befor
 import gc
 import os
 
-gc.set_threshold(100_000)  # until `setup`: to look for garbage takes a sixth of the imports' time
+GC_THRESHOLD = gc.get_threshold()  # that of `setup`; to look for garbage takes a sixth of the
+gc.set_threshold(100_000)          # imports' time
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

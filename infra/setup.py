@@ -23,6 +23,7 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
                           AutoTokenizer)
 from transformers.utils import is_flash_attn_2_available
 
+import infra
 from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
@@ -60,7 +61,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
 
     Raises SystemExit with one line if the config names something that does not load.
     """
-    gc.set_threshold(700)  # as usual: all is imported, see infra/__init__.py
+    gc.set_threshold(*infra.GC_THRESHOLD)  # all is imported
     accelerator = start_processes(config)
     set_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
