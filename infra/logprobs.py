@@ -214,7 +214,7 @@ def check_weight_sync(state: TrainState, prompts: list) -> None:
         return torch.cat(differences).mean().item()
 
     difference = mean_difference()
-    if packing_kind(state.policy) == "blocks" and difference > logprob_tolerance(config):
+    if packing_kind(state.policy) == "varlen" and difference > logprob_tolerance(config):
         for model in filter(None, (state.policy, state.reference)):
             disable_packing(model)
         difference = mean_difference()

@@ -210,7 +210,7 @@ def test_whatever_a_model_does_to_its_logits_logprobs_are_those_of_each_response
     monkeypatch.setattr(logprobs_module, "token_logprobs", spy)
     enable_packing(model)
     sliding = name in ("soft-capped", "sliding window")
-    assert packing_kind(model) == ("" if sliding else "blocks")
+    assert packing_kind(model) == ("" if sliding else "varlen")
     tolerance = 1e-5 if name == "soft-capped" else 1e-9  # Gemma's norms are in float32
     # "flash" without flash attention: transformers makes a mask.
     for packing in ("", "flash", packing_kind(model)):
