@@ -130,13 +130,14 @@ class FusedLinearLogprobs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         start = 0
         for x, y, g, h in _chunks(weight, hidden, tokens, grad_logprobs, entropy):
-            logp = kept.pop(0) if kept else _log_softmax(x, weight, ctx.temperature)
-            z = logp.exp()
+            stays = bool(kept)  # for another backward pass: not to be overwritten
+            z = kept.pop(0) if kept else _log_softmax(x, weight, ctx.temperature)  # log p
             if grad_entropy is None:
-                z.mul_(-g[:, None])
+                z = (z.exp() if stays else z.exp_()).mul_(-g[:, None])
             else:
-                g_entropy = grad_entropy[start:start + len(x), None]
-                z.mul_((logp + h[:, None]).mul_(-g_entropy).sub_(g[:, None]))
+                p, g_entropy = z.exp(), grad_entropy[start:start + len(x), None]
+                z = z + h[:, None] if stays else z.add_(h[:, None])
+                z.mul_(-g_entropy).sub_(g[:, None]).mul_(p)
             z.scatter_add_(1, y[:, None], g[:, None])
             if ctx.temperature != 1:
                 z.div_(ctx.temperature)
@@ -159,7 +160,9 @@ def _chunks(weight: Tensor, *tensors: Tensor):
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = matmul_fp32(hidden, weight.T)
-    return torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1)
+    if temperature != 1:
+        logits.div_(temperature)
+    return torch.log_softmax(logits, dim=-1, out=logits)  # in place: memory costs more than it
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor,
