@@ -73,7 +73,7 @@ def packing_kwargs(lengths: Sequence[int], packing: str, device: torch.device | 
     return kwargs
 
 
-@lru_cache(maxsize=1)  # the layers of a model ask for the same
+@lru_cache(maxsize=1)  # all layers of a model ask for the same
 def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each sequence of a packed row begins, and the last one ends: (sequences + 1,) int32."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
@@ -83,22 +83,19 @@ def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def make_blocks(lengths: tuple[int, ...], device: torch.device) -> list[Block]:
     """The blocks of a packed row: fewest if the sequences are sorted by length."""
     rows, blocks = [], []
-    for i, length in enumerate(lengths):
+    for length, following in zip(lengths, [*lengths[1:], 0], strict=True):
         rows.append(length)
-        if i + 1 == len(lengths) or lengths[i + 1] < SHORTEST * rows[0]:
-            blocks.append(_make_block(rows, device))
-            rows = []
+        if following >= SHORTEST * rows[0]:
+            continue
+        size, longest, gather_index, scatter_index = sum(rows), max(rows), None, None
+        if size < len(rows) * longest:
+            gather_index = pad_sequence(torch.arange(size).split(rows), batch_first=True).flatten()
+            real = torch.arange(longest) < torch.tensor(rows)[:, None]  # (rows, longest)
+            gather_index, scatter_index = (index.to(device) for index in (
+                gather_index, real.flatten().nonzero().squeeze(1)))
+        blocks.append(Block(size, longest, gather_index, scatter_index))
+        rows = []
     return blocks
-
-
-def _make_block(lengths: list[int], device) -> Block:
-    size, longest = sum(lengths), max(lengths)
-    if size == len(lengths) * longest:
-        return Block(size, longest, None, None)
-    gather_index = pad_sequence(torch.arange(size).split(lengths), batch_first=True)
-    real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (rows, longest)
-    scatter_index = real.flatten().nonzero().squeeze(1)
-    return Block(size, longest, gather_index.flatten().to(device), scatter_index.to(device))
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
