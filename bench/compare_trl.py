@@ -102,7 +102,7 @@ def run_trl(args: argparse.Namespace, state, prompts: list,
     from transformers import TrainerCallback
     from trl import GRPOTrainer
     config, seen = state.config, []
-    state.policy.set_attn_implementation("sdpa")  # not block_sdpa
+    state.policy.set_attn_implementation("sdpa")  # not packed_attention
     token_ids = state.tokenizer(text=[prompt.text for prompt in prompts])["input_ids"]
     if token_ids != [prompt.token_ids for prompt in prompts]:
         raise SystemExit("TRL would read other prompts than ours")  # it tokenises them in this way

@@ -4,13 +4,17 @@
 
 Random models of the shapes of Qwen2.5-0.5B and -1.5B, computing in bf16 (the larger one's weights
 are bf16 too, for its optimizer's sake); 64 to 1,024 response tokens behind prompts of 128; half of
-the responses an optimizer step."""
+the responses an optimizer step. Once with torch's kernel for packed rows, if it works there, and
+once with blocks of sdpa. Model FLOPs utilisation (MFU): 6 for each parameter and token, of prompts
+too, and 12 H for each layer and each pair of tokens that causal attention compares, of the peak
+that the vendor states for dense bf16."""
 
 import argparse
 import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,12 +22,15 @@ from harness import make_state
 from update_vs_bare import bare, ours, packed
 from vllm_gpu import make_model
 
+from infra import packing
 from infra.logprobs import compute_logprobs
 from sampling import Sample
 
 PROMPT_TOKENS, MICRO = 128, 8192
 CASES = {"tiny": (16, "float32"), "0.5B": (128, "float32"), "1.5B": (64, "bfloat16")}
 ON_GPU = torch.cuda.is_available()
+GOAL, MFU_GOALS = 0.95, {"1.5B": 0.40}
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # by names of GPUs
 
 
 def make_case(shape: str, tokens: int):
@@ -49,14 +56,44 @@ def make_case(shape: str, tokens: int):
                  for sample, row in zip(samples, logprobs, strict=True)]
 
 
+def ours_in_blocks(state, samples) -> float:
+    """`ours` without torch's kernel for packed rows."""
+    with mock.patch.object(packing, "varlen_works", lambda *_: False):
+        return ours(state, samples)
+
+
+def kernel(state) -> str:
+    """What packed rows attend with in `ours`."""
+    config = state.policy.config
+    size = config.hidden_size // config.num_attention_heads
+    query, key = (config.num_attention_heads, size), (config.num_key_value_heads, size)
+    works = packing.varlen_works(state.accelerator.device, torch.bfloat16, (query, key, key))
+    kind = packing.packing_kind(state.policy)
+    return kind if kind != "varlen" or works else "blocks"
+
+
+def utilisation(state, samples, rate: float) -> float | None:
+    """MFU at so many tokens a second; None if the peak is not known."""
+    name = torch.cuda.get_device_name() if ON_GPU else ""
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    lengths, config = [len(sample) for sample in samples], state.policy.config
+    pairs = sum(length**2 for length in lengths) / sum(lengths)  # for each token, before halving
+    flops = 6 * state.policy.num_parameters() + (
+        6 * config.num_hidden_layers * config.hidden_size * pairs)
+    return peak and rate * flops / peak
+
+
 def main() -> None:
-    """Measure each shape in turn with and without RL; print medians, spread and memory."""
+    """Measure each shape in turn with and without RL; print medians, spread and memory, and whether
+    the goals are met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", nargs="+", default=["0.5B", "1.5B"], choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=1024, help="of the longest response")
     args = parser.parse_args()
-    ways = {"ours": ours, "bare": bare, "bare, rows as they are": packed}
+    ways = {"ours": ours, "ours, in blocks": ours_in_blocks, "bare": bare,
+            "bare, rows as they are": packed}
+    missed, lines = False, []
     print("| shape | way | tokens/s, median | least and most | ours / it | peak GB "
           "|\n|---|---|---|---|---|---|")
     for shape in args.shape:
@@ -74,7 +111,19 @@ def main() -> None:
             print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to "
                   f"{max(found):,.0f} | "
                   f"{ratio:.2f} | {peak[name]:.1f} |", flush=True)
+        ratios = [statistics.median(a / b for a, b in zip(rates[name], rates["bare"], strict=True))
+                  for name in ("ours", "ours, in blocks")]
+        mfus = [utilisation(state, samples, statistics.median(rates[name]))
+                for name in ("ours", "ours, in blocks")]
+        texts = ["unknown" if mfu is None else f"{mfu:.2f}" for mfu in mfus]
+        goal = MFU_GOALS.get(shape, 0)
+        missed |= ratios[0] < GOAL or (mfus[0] or goal) < goal
+        lines.append(f"update of {shape} by {kernel(state)}: {ratios[0]:.2f} of bare passes (goal "
+                     f"{GOAL}), MFU {texts[0]}{f' (goal {goal})' * bool(goal)}; in blocks: "
+                     f"{ratios[1]:.2f} and {texts[1]}")
         del state
+    print("", *lines, sep="\n")
+    raise SystemExit(missed)
 
 
 if __name__ == "__main__":

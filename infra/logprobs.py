@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
-from infra.memory import CHUNK_ELEMENTS
+from infra.memory import CHUNK_ELEMENTS, kept_elements
 from infra.packing import disable_packing, packing_kind
 from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
 from infra.setup import TrainState
@@ -89,35 +89,39 @@ def fused_linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor,
                           temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs(hidden @ weight.T, tokens)` in chunks: (N, H), (V, H), (N,) -> (N,), (N,)."""
     hidden, weight = round_like_autocast(hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature)
+    device = hidden.device
+    gpu_memory = torch.cuda.get_device_properties(device).total_memory if hidden.is_cuda else 0
+    room = kept_elements(gpu_memory) if torch.is_grad_enabled() else 0
+    with torch.autocast(device.type, enabled=False):
+        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature, room)
 
 
 class FusedLinearLogprobs(torch.autograd.Function):
-    """A chunk of logits z exists at a time, and again in the backward pass. With p = softmax(z):
+    """A chunk of logits z exists at a time. Chunks of log-probs stay for the backward pass, `room`
+    elements at most; the others are computed again. With p = softmax(z):
 
         log-prob of token y: z_y - logsumexp(z)     its gradient by z: onehot(y) - p
         entropy H: -sum p log p                     its gradient by z: -p (log p + H)
     """
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor,
-                temperature: float) -> tuple[Tensor, Tensor]:
-        parts = []
+    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float,
+                room: int) -> tuple[Tensor, Tensor]:
+        parts, kept = [], []
         for x, y in _chunks(weight, hidden, tokens):
-            logprobs = matmul_fp32(x, weight.T).div_(temperature)  # (chunk, V)
-            logsumexp = logprobs.logsumexp(-1)
-            logprobs -= logsumexp[:, None]
-            parts.append((logsumexp, logprobs.gather(1, y[:, None]).squeeze(1),
-                          -torch.linalg.vecdot(logprobs.exp(), logprobs)))
-        logsumexp, logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, tokens, logsumexp, entropy)
+            logp = _log_softmax(x, weight, temperature)  # (chunk, V)
+            parts.append((logp.gather(1, y[:, None]).squeeze(1),
+                          -torch.linalg.vecdot(logp.exp(), logp)))
+            room -= logp.numel()
+            kept += [logp] * (room >= 0)
+        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, entropy, *kept)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # None if the entropy is not trained
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
-        hidden, weight, tokens, logsumexp, entropy = ctx.saved_tensors
+        hidden, weight, tokens, entropy, *kept = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         grad_hidden = torch.empty_like(hidden)
@@ -125,14 +129,18 @@ class FusedLinearLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         start = 0
-        for x, y, g, norm, h in _chunks(weight, hidden, tokens, grad_logprobs, logsumexp, entropy):
-            z = matmul_fp32(x, weight.T).div_(ctx.temperature).sub_(norm[:, None])  # log p
+        for x, y, g, h in _chunks(weight, hidden, tokens, grad_logprobs, entropy):
+            stays = bool(kept)  # for another backward pass: not to be overwritten
+            z = kept.pop(0) if kept else _log_softmax(x, weight, ctx.temperature)  # log p
             if grad_entropy is None:
-                z.exp_().mul_(-g[:, None])
+                z = (z.exp() if stays else z.exp_()).mul_(-g[:, None])
             else:
                 p, g_entropy = z.exp(), grad_entropy[start:start + len(x), None]
-                z.add_(h[:, None]).mul_(-g_entropy).sub_(g[:, None]).mul_(p)
-            z.scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)
+                z = z + h[:, None] if stays else z.add_(h[:, None])
+                z.mul_(-g_entropy).sub_(g[:, None]).mul_(p)
+            z.scatter_add_(1, y[:, None], g[:, None])
+            if ctx.temperature != 1:
+                z.div_(ctx.temperature)
             z = z.to(weight.dtype)
             grad_hidden[start:start + len(x)] = z @ weight
             if grad_weight is not None and grad_weight.dtype == z.dtype:
@@ -142,12 +150,20 @@ class FusedLinearLogprobs(torch.autograd.Function):
             start += len(x)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _chunks(weight: Tensor, *tensors: Tensor):
     size = max(1, (4 if weight.is_cuda else 1) * CHUNK_ELEMENTS // len(weight))
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = matmul_fp32(hidden, weight.T)
+    if temperature != 1:
+        logits.div_(temperature)
+    in_place = logits.device.type == "cpu"  # where new memory costs more than the computation
+    return torch.log_softmax(logits, dim=-1, out=logits if in_place else None)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor,
@@ -214,7 +230,7 @@ def check_weight_sync(state: TrainState, prompts: list) -> None:
         return torch.cat(differences).mean().item()
 
     difference = mean_difference()
-    if packing_kind(state.policy) == "blocks" and difference > logprob_tolerance(config):
+    if packing_kind(state.policy) == "varlen" and difference > logprob_tolerance(config):
         for model in filter(None, (state.policy, state.reference)):
             disable_packing(model)
         difference = mean_difference()

@@ -22,6 +22,12 @@ REMEDIES = {  # by phase
     "sync": f"lower rollout.gpu_memory_utilization if vLLM generates, or {SHARD}"}
 
 
+def kept_elements(gpu_memory: int) -> int:
+    """How many log-probs, over the vocabulary, a micro-batch's forward pass may leave to its
+    backward pass: in float32 a sixteenth of a GPU's memory. `gpu_memory` is 0 on a CPU."""
+    return gpu_memory // 64 or CHUNK_ELEMENTS
+
+
 @contextmanager
 def out_of_memory(phase: str) -> Iterator[None]:
     """Turn a torch.OutOfMemoryError of the block into a ValueError that says what to do."""
@@ -64,7 +70,7 @@ def estimate_memory(config: SimpleNamespace, policy: torch.nn.Module,
     policy, with responses of full length. Activations and cache are missing if the model's config
     lacks the usual names. `policy` and `reference` are whole; `gpu_memory` is 0 on a CPU.
     """
-    z = _symbols(config, policy, ranks, sharded, gpu_memory > 0)
+    z = _symbols(config, policy, ranks, sharded, gpu_memory)
     params, shards = list(policy.parameters()), ranks if sharded else 1
     own = set(map(id, params))
     copied = [p for p in reference.parameters() if id(p) not in own] if reference else []
@@ -92,7 +98,7 @@ def estimate_memory(config: SimpleNamespace, policy: torch.nn.Module,
 
 
 def _symbols(config: SimpleNamespace, policy: torch.nn.Module, ranks: int, sharded: bool,
-             gpu: bool) -> SimpleNamespace:
+             gpu_memory: int) -> SimpleNamespace:
     """The symbols of docs/SCALING.md; 0 for what the model's config does not name."""
     text, data, rollout = policy.config.get_text_config(decoder=True), config.data, config.rollout
     known = text.to_dict()  # not all may be read as attributes
@@ -126,8 +132,9 @@ def _symbols(config: SimpleNamespace, policy: torch.nn.Module, ranks: int, shard
         casts=w != c and not sharded, sharded=sharded,
         body=sum(count for key, count in weights.items() if key not in ends),
         S=heads * (policy.config._attn_implementation == "eager"),
-        W=0 if head and not head.weight.requires_grad else 4 if c == 4 else 8 if gpu else 10,
-        C=min((4 if gpu else 1) * CHUNK_ELEMENTS, N * V),
+        W=0 if head and not head.weight.requires_grad else 4 if c == 4 else 8 if gpu_memory else 10,
+        C=min((4 if gpu_memory else 1) * CHUNK_ELEMENTS, N * V),
+        Z=min(kept_elements(gpu_memory), N * V),
         B=rollout.n * min(prompts, -(-drawn // ranks)),
         caches=sum(kind in ("full_attention", "sliding_attention") for kind in kinds))
 
@@ -145,7 +152,8 @@ def _activations(z: SimpleNamespace, checkpointing: bool) -> dict[str, float]:
     layer += z.S * (z.P + z.T) * (4 + z.c % 4)           # scores of all pairs of tokens
     layer += z.casts * (8 + z.c) * z.H                   # the stream is float32
     layer, last = z.M * layer, z.M * (4 + 2 * z.c) * z.H
-    head = z.W * z.VH + 8 * z.C + 2 * z.c * z.N * z.H + z.casts * z.c * z.VH
+    head = z.W * z.VH + 4 * z.C + 4 * max(z.Z, z.C) + 2 * z.c * z.N * z.H
+    head += z.casts * z.c * z.VH
     if not checkpointing:
         body = z.L * layer + last + z.casts * z.c * z.body
     else:  # then a layer that is computed again, or half copies of all weights in the forward pass

@@ -1,23 +1,29 @@
 """Attention over sequences of different lengths in one row, without padding.
 
-If flash attention is installed, its kernels take such a packed row. Otherwise `block_sdpa` does:
-everything else in a model works on single tokens and has no padding, and attention splits the row
-into blocks of sequences of similar length. This holds for models all of whose layers are plain
-causal attention; others are trained on padded rows, and so is a model whose log-probs on packed
-rows are not the sampler's (`logprobs.check_weight_sync`).
+Everything else in a model works on single tokens and has no padding. If flash attention is
+installed, transformers calls its kernels. Otherwise `packed_attention` calls torch's own kernel for
+such rows where it works (on GPUs, in half precision), or splits the row into blocks of sequences of
+similar length. This holds for models all of whose layers are plain causal attention; others are
+trained on padded rows, and so is a model whose log-probs on packed rows are not the sampler's
+(`logprobs.check_weight_sync`).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BLOCK_SDPA = "block_sdpa"  # the name of this attention among those of transformers
+from infra.precision import round_like_autocast
+
+PACKED_ATTENTION = "packed_attention"  # its name among those of transformers
 SHORTEST = 0.75  # the shortest sequence of a block, as a part of its longest
 
 
@@ -34,13 +40,13 @@ class Block(NamedTuple):
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Use `block_sdpa` for packed rows if the model allows it; other input attends as before."""
+    """Use `packed_attention` if the model allows it; rows that are not packed attend as before."""
     config = model.config.get_text_config(decoder=True)
     plain = (set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
              and not model._is_stateful and not getattr(config, "sliding_window", None))
     sdpa = model.config._attn_implementation == "sdpa"
     if sdpa and model._supports_attention_backend and plain:
-        model.set_attn_implementation(BLOCK_SDPA)
+        model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def disable_packing(model: PreTrainedModel) -> None:
@@ -49,11 +55,11 @@ def disable_packing(model: PreTrainedModel) -> None:
 
 
 def packing_kind(model: torch.nn.Module) -> str:
-    """The kind of packed row that the model takes: `blocks`, `flash`, or "" for none."""
+    """The kind of packed row that the model takes: `varlen`, `flash`, or "" for none."""
     model = getattr(model, "module", model)
     attention = model.config._attn_implementation
-    if attention == BLOCK_SDPA:
-        return "blocks"
+    if attention == PACKED_ATTENTION:
+        return "varlen"
     return "flash" if "flash" in attention and not model._is_stateful else ""
 
 
@@ -61,42 +67,64 @@ def packing_kwargs(lengths: Sequence[int], packing: str, device: torch.device | 
     """The model's keyword arguments for a packed row of sequences with these lengths."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     kwargs = {"position_ids": positions[None].to(device)}
-    if packing == "blocks":  # a mask of four dimensions keeps transformers from making one
+    if packing == "varlen":  # a mask of four dimensions keeps transformers from making one
         kwargs |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device),
-                   "blocks": make_blocks(lengths, device)}
+                   "packed_lengths": tuple(lengths)}
     return kwargs
 
 
-def make_blocks(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Block]:
+@lru_cache(maxsize=1)  # all layers of a model ask for the same
+def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence of a packed row begins, and the last one ends: (sequences + 1,) int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+@lru_cache(maxsize=1)
+def make_blocks(lengths: tuple[int, ...], device: torch.device) -> list[Block]:
     """The blocks of a packed row: fewest if the sequences are sorted by length."""
     rows, blocks = [], []
-    for i, length in enumerate(lengths):
+    for length, following in zip(lengths, [*lengths[1:], 0], strict=True):
         rows.append(length)
-        if i + 1 == len(lengths) or lengths[i + 1] < SHORTEST * rows[0]:
-            blocks.append(_make_block(rows, device))
-            rows = []
+        if following >= SHORTEST * rows[0]:
+            continue
+        size, longest, gather_index, scatter_index = sum(rows), max(rows), None, None
+        if size < len(rows) * longest:
+            gather_index = pad_sequence(torch.arange(size).split(rows), batch_first=True).flatten()
+            real = torch.arange(longest) < torch.tensor(rows)[:, None]  # (rows, longest)
+            gather_index, scatter_index = (index.to(device) for index in (
+                gather_index, real.flatten().nonzero().squeeze(1)))
+        blocks.append(Block(size, longest, gather_index, scatter_index))
+        rows = []
     return blocks
 
 
-def _make_block(lengths: list[int], device) -> Block:
-    size, longest = sum(lengths), max(lengths)
-    if size == len(lengths) * longest:
-        return Block(size, longest, None, None)
-    gather_index = pad_sequence(torch.arange(size).split(lengths), batch_first=True)
-    real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (rows, longest)
-    scatter_index = real.flatten().nonzero().squeeze(1)
-    return Block(size, longest, gather_index.flatten().to(device), scatter_index.to(device))
-
-
-def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               blocks: list[Block] | None = None, **kwargs) -> tuple[Tensor, None]:
-    """An attention function of transformers: (1, heads, N, d) -> (1, N, heads, d) for a packed row;
-    without `blocks`, transformers' own sdpa."""
-    if blocks is None:
+def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
+                     packed_lengths: tuple[int, ...] = (), **kwargs) -> tuple[Tensor, None]:
+    """An attention function of transformers: (1, heads, N, d) -> (1, N, heads, d) for a packed row
+    of sequences with `packed_lengths`; without them, transformers' own sdpa."""
+    if not packed_lengths:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    inputs = round_like_autocast(query, key, value)  # autocast does so for sdpa, but not for varlen
+    shapes = tuple((x.shape[1], x.shape[3]) for x in inputs)
+    kernel = varlen_sdpa if varlen_works(query.device, inputs[0].dtype, shapes) else block_sdpa
+    return kernel(module, *inputs, packed_lengths, **kwargs), None
+
+
+def varlen_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...],
+                scaling: float | None = None, **kwargs) -> Tensor:
+    """Causal attention within each sequence, by torch's kernel for packed rows."""
+    cu_seqlens, longest = make_cu_seqlens(lengths, query.device), max(lengths)
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
+    return varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, scale=scaling,
+                       window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...],
+               **kwargs) -> Tensor:
+    """The same by sdpa, block by block."""
+    blocks, outputs = make_blocks(lengths, query.device), []
     sizes = [block.size for block in blocks]
     split = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]  # (size, heads, d)
-    outputs = []
     for block, rows in zip(blocks, zip(*split, strict=True), strict=True):
         if block.gather_index is not None:
             rows = (x.index_select(0, block.gather_index) for x in rows)
@@ -105,8 +133,29 @@ def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
         if block.scatter_index is not None:
             output = output.index_select(0, block.scatter_index)
         outputs.append(output)
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
-AttentionInterface.register(BLOCK_SDPA, block_sdpa)
-AttentionMaskInterface.register(BLOCK_SDPA, sdpa_mask)
+@lru_cache
+def varlen_works(device: torch.device, dtype: torch.dtype, shapes: tuple) -> bool:
+    """Whether `varlen_sdpa` runs, and gives the output and gradients of `block_sdpa` for a small
+    row. `shapes`: heads and head size of query, key and value."""
+    lengths, generator, found = (70, 65, 9, 1), torch.Generator().manual_seed(0), []
+    module = SimpleNamespace(num_key_value_groups=shapes[0][0] // shapes[1][0])
+    inputs = [torch.randn(1, heads, sum(lengths), size, generator=generator)
+              for heads, size in shapes]
+    try:  # in the middle of a model's pass, of which gradient checkpointing sees nothing
+        with (torch.enable_grad(), torch.autocast(device.type, enabled=False),
+              torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):
+            for kernel in (varlen_sdpa, block_sdpa):
+                qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
+                output = kernel(module, *qkv, lengths, scaling=0.1)
+                found.append([output.detach(), *torch.autograd.grad(output.square().sum(), qkv)])
+    except (RuntimeError, ValueError):  # no such kernel for this device, type or head size
+        return False
+    return all((a - b).abs().max() < 0.05 * b.abs().max()  # bfloat16 rounds to 0.01 of it
+               for a, b in zip(*found, strict=True))
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -30,7 +30,7 @@ from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
 from infra.memory import out_of_memory, report_memory
-from infra.packing import BLOCK_SDPA, enable_packing, packing_kind
+from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
 from rollout import Engine, stop_token_ids, transformers_engine
@@ -206,7 +206,7 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
 
 def describe_model(config: SimpleNamespace, model: torch.nn.Module) -> str:
     """A line about the model. Raises ValueError if it lacks the routers that a key is for."""
-    attention = model.config._attn_implementation.replace(BLOCK_SDPA, "sdpa")
+    attention = model.config._attn_implementation.replace(PACKED_ATTENTION, "sdpa")
     text = (f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f}M parameters, attention "
             f"{attention}, {'packed' if packing_kind(model) else 'padded'} rows")
     coef, routers = config.actor.router_aux_loss_coef, find_routers(model)

@@ -112,6 +112,39 @@ def test_the_fused_heads_logprobs_and_gradients_are_those_of_its_logits(chunks_o
     assert all_close(results)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_log_probs_that_stay_for_the_backward_pass_change_no_bit_and_save_a_product(
+        chunks_of, monkeypatch, with_entropy):
+    """Seven chunks of two tokens: none, three, or all of them stay; none without gradients."""
+    chunks_of(22)
+    hidden, weight, tokens = head_case()
+    results, products = [], []
+
+    def spy(a, b):
+        products.append(b.shape)
+        return a @ b
+    monkeypatch.setattr(logprobs_module, "matmul_fp32", spy)
+    for room, expected in ((0, 14), (3 * 22, 11), (13 * 11, 7)):
+        monkeypatch.setattr(logprobs_module, "kept_elements", lambda device, room=room: room)
+        products.clear()
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = fused_linear_logprobs(x, w, tokens, 0.7)
+        loss = logprobs.square().sum() + with_entropy * entropy.sum()
+        for _ in range(2):  # twice over the same graph
+            x.grad = w.grad = None
+            loss.backward(retain_graph=True)
+        assert products.count((6, 11)) == expected + expected - 7
+        results.append((logprobs, entropy, x.grad, w.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    kept = []
+    monkeypatch.setattr(logprobs_module.FusedLinearLogprobs, "apply",
+                        lambda *args: kept.append(args))
+    with torch.no_grad():
+        fused_linear_logprobs(hidden, weight.requires_grad_(), tokens)
+    assert kept[0][-1] == 0
+
+
 def test_the_fused_heads_gradients_are_finite_differences():
     hidden, weight, tokens = head_case(n=3, h=4, v=5)
     assert torch.autograd.gradcheck(lambda x, w: fused_linear_logprobs(x, w, tokens, 0.7),
@@ -210,7 +243,7 @@ def test_whatever_a_model_does_to_its_logits_logprobs_are_those_of_each_response
     monkeypatch.setattr(logprobs_module, "token_logprobs", spy)
     enable_packing(model)
     sliding = name in ("soft-capped", "sliding window")
-    assert packing_kind(model) == ("" if sliding else "blocks")
+    assert packing_kind(model) == ("" if sliding else "varlen")
     tolerance = 1e-5 if name == "soft-capped" else 1e-9  # Gemma's norms are in float32
     # "flash" without flash attention: transformers makes a mask.
     for packing in ("", "flash", packing_kind(model)):

@@ -128,7 +128,7 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
     policy = accelerator.unwrap_model(state.policy)
     sharded = (all(isinstance(p, DTensor) for p in policy.parameters()) and accelerator.is_fsdp2
                and state.engine.has_own_weights and rollout_model is not policy
-               and packing_kind(state.policy) == "blocks")
+               and packing_kind(state.policy) == "varlen")
     merged = merged_weights(policy)
     return {**results, "gradients": np.stack(gradients), "weights": policy_weights(state),
             "merged": merged, "sharded": sharded,
