@@ -115,8 +115,8 @@ def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_state):
     state, prompts = make_state()
     with torch.no_grad():
         next(state.policy.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="step 1: prompt 0: log-probs are not finite; the policy "
-                                         "has diverged"):
+    with pytest.raises(ValueError, match="step 1: log-probs are not finite: the policy has "
+                                         "diverged"):
         generate(state, prompts[:1], [0], "step 1", SamplingParams(4, 96))
 
 
