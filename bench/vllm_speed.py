@@ -94,7 +94,7 @@ def throughput(args: argparse.Namespace, folder: str) -> float:
                folder, "--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS),
                "--random-output-len", str(args.tokens), "--num-prompts", str(count),
                "--max-num-seqs", "512", "--max-model-len", str(PROMPT_TOKENS + args.tokens),
-               "--disable-detokenize", "--output-json", str(result)]
+               "--num-warmups", "16", "--disable-detokenize", "--output-json", str(result)]
     if not torch.cuda.is_available():  # as infra/vllm_engine.py sets it on a CPU
         command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill",
                     "--kv-cache-memory-bytes", str(2**29), "--max-num-batched-tokens", "8192"]
