@@ -69,7 +69,7 @@ def sample_and_score(state: TrainState,
                      prompts: list[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
     """`val.n` responses to each prompt and their scores, on all ranks."""
     val, max_tokens = state.config.val, state.config.data.max_response_length
-    params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p)
+    params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0)
     responses = generate(state, prompts, range(len(prompts)), "validation", params)
     return responses, score_responses(state, prompts, responses)
 

@@ -29,8 +29,8 @@ from infra.rng import make_rng
 @dataclass(frozen=True, eq=False)  # arrays have no single ==
 class Response:
     """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
-    `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32. `text` lacks special tokens.
-    """
+    `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32, NaN if they were not asked
+    for. `text` lacks special tokens."""
     token_ids: np.ndarray
     logprobs: np.ndarray
     text: str
@@ -39,11 +39,12 @@ class Response:
 
 class SamplingParams(NamedTuple):
     """`n` responses per prompt, of at most `max_tokens`; temperature 0 takes the likeliest token.
-    """
+    `logprobs`: for what share of the prompts vLLM is asked for log-probs, which slow it down."""
     n: int
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    logprobs: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,11 @@ def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose
     config, main = state.config, state.accelerator.is_main_process
 
     def generate_share(indices: Sequence[int]) -> list[list[Response]]:
-        seeds = []
-        for i in indices:
-            rng = make_rng(config.seed, purpose, positions[i])
-            seeds.append(tuple(rng.integers(2**32, size=4).tolist()))
+        rngs = [make_rng(config.seed, purpose, positions[i]) for i in indices]
+        seeds = [tuple(rng.integers(2**32, size=4).tolist()) for rng in rngs]
         with out_of_memory("generate"):
-            groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
-                                           progress=purpose if main else "")
-        for i, group in zip(indices, groups, strict=True):
-            if not all(np.isfinite(response.logprobs).all() for response in group):
-                raise ValueError(f"prompt {prompts[i].id}: log-probs are not finite; the policy "
-                                 "has diverged, or its numbers overflow")
-        return groups
+            return state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
+                                         progress=purpose if main else "")
 
     return map_over_ranks(state.accelerator, generate_share, range(len(prompts)), purpose,
                           config.rollout.tensor_parallel_size, serialize,
@@ -95,12 +89,19 @@ def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose
 
 # ---- responses -----------------------------------------------------------------------------------
 
-def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]]
-                   ) -> list[Response]:
-    """Responses from token ids, their log-probs, and whether the last one ended the response."""
+def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
+                   n: int) -> list[list[Response]]:
+    """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and whether
+    the last token ended them. Raises ValueError if a log-prob is not finite."""
     texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
-    return [Response(ids, logprobs, text, "stop" if stopped else "length")
-            for (ids, logprobs, stopped), text in zip(rows, texts, strict=True)]
+    responses = []
+    for (ids, logprobs, stopped), text in zip(rows, texts, strict=True):
+        if logprobs is None:
+            logprobs = np.full(len(ids), np.nan, dtype=np.float32)
+        elif not np.isfinite(logprobs).all():
+            raise ValueError("log-probs are not finite: the policy has diverged, or overflows")
+        responses.append(Response(ids, logprobs, text, "stop" if stopped else "length"))
+    return [responses[i:i + n] for i in range(0, len(responses), n)]
 
 
 def serialize(groups: Sequence[Sequence[Response]]) -> tuple:
@@ -122,11 +123,6 @@ def deserialize(data: tuple, n: int) -> list[list[Response]]:
     parts = zip(np.split(token_ids, ends), np.split(logprobs, ends), texts, stopped, strict=True)
     flat = [Response(*part[:3], "stop" if part[3] else "length") for part in parts]
     return [flat[i:i + n] for i in range(0, len(flat), n)]
-
-
-def request_seed(seed: tuple[int, ...]) -> int:
-    """The seed of a prompt's request to vLLM, which adds i to it for the i-th response."""
-    return int(np.random.default_rng(seed).integers(2**62))
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
@@ -169,16 +165,13 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
     groups = []
     for start in tqdm(range(0, len(prompts), chunk), desc=progress, disable=not progress,
                       leave=False, delay=10):
-        uniforms = []
-        for seed in seeds[start:start + chunk]:
-            for i in range(n):
-                rng = np.random.default_rng([*seed, i])
-                uniforms.append(rng.random(params.max_tokens, dtype=np.float32))
+        rngs = [np.random.default_rng([*seed, i])
+                for seed in seeds[start:start + chunk] for i in range(n)]
+        uniforms = [rng.random(params.max_tokens, dtype=np.float32) for rng in rngs]
         with autocast():
             rows = decode(model, prompts[start:start + chunk],
                           torch.from_numpy(np.stack(uniforms)).to(model.device), params, stop_ids)
-        responses = make_responses(tokenizer, rows)
-        groups += [responses[i:i + n] for i in range(0, len(responses), n)]
+        groups += make_responses(tokenizer, rows, n)
     model.train(training)
     return groups
 

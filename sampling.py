@@ -244,7 +244,7 @@ class Sample:
     """One response to train on. `in_loss` is False if it is masked out of the loss.
 
     `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
-    the CPU: the sampler's (`rollout_logprobs`), the trainer's before the first update of the step
+    the CPU: the sampler's or NaN (`rollout_logprobs`), the trainer's before the step's first update
     (`old_logprobs`), the initial policy's (`ref_logprobs`).
     """
     prompt_ids: list[int]

@@ -53,8 +53,9 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     config, counters, rollout = state.config, progress.counters, state.config.rollout
     size = config.data.train_batch_size
     max_gen_batches = config.filter_groups.max_num_gen_batches or math.inf
+    uses_logprobs = rollout.correction != "off" or config.actor.old_logprobs == "rollout"
     params = SamplingParams(rollout.n, config.data.max_response_length, rollout.temperature,
-                            rollout.top_p)
+                            rollout.top_p, 1.0 if uses_logprobs else 1 / 16)  # for metrics
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
                  config.total_training_steps, initial=counters["step"],
                  disable=not state.accelerator.is_main_process)
@@ -240,11 +241,13 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
     loss, stats = policy_loss(logprobs, old, batch["advantages"], mask, actor.clip_ratio_low,
                               actor.clip_ratio_high, actor.clip_ratio_c, weights)
     importance_ratio = importance_weights(old, rollout_logprobs, mask, cap=math.inf)
+    known = ~rollout_logprobs.isnan()  # to compare sampler and trainer
     stats |= {"entropy": Stat(entropy),
-              "mismatch_abs": Stat((old - rollout_logprobs).abs()),  # of sampler and trainer
-              "mismatch_kl": Stat(kl_penalty(rollout_logprobs, old, "k3")),
-              "importance_ratio_max": Stat(importance_ratio, "max"),
-              "importance_ratio_clip_frac": Stat(importance_ratio > rollout.correction_cap)}
+              "mismatch_abs": Stat((old - rollout_logprobs).abs(), mask=known),
+              "mismatch_kl": Stat(kl_penalty(rollout_logprobs, old, "k3"), mask=known),
+              "importance_ratio_max": Stat(importance_ratio, "max", known),
+              "importance_ratio_clip_frac": Stat(importance_ratio > rollout.correction_cap,
+                                                 mask=known)}
     if actor.entropy_coeff:
         loss = loss - actor.entropy_coeff * entropy
     if actor.use_kl_loss:

@@ -38,6 +38,13 @@ advantages add 1e-4 to the standard deviation rather than 1e-6; other random num
 prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous
 batching instead, which on a CPU is slower.
 
+On a GPU, `--shape 0.5B` (or 1.5B; shapes of vllm_gpu.py) does the first part with vLLM in both
+training processes instead, asleep during the update: random weights, whose responses nearly all
+have 1024 tokens, bf16 passes over float32 weights. Give TRL `--micro-batch 8` (the logits of 128
+such rows are 80 GB). TRL's correction of the sampler's log-probs is off, as ours is. `pip install
+vllm==0.32.0` in both environments; TRL 1.16 warns that it knows vLLM up to 0.31. TRL's vLLM has no
+settings for CPUs, so this mode was tried on a CPU with our side only.
+
 Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
 """
 
@@ -52,6 +59,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from vllm_gpu import SHAPES, make_model
 
 SETTING = ["actor.ppo_mini_batch_size=128", "actor.lr=0.0002"]  # four updates a step
 ROOT = Path(__file__).parent.parent
@@ -159,8 +168,15 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
     import torch
     from trl import GRPOConfig
     responses, actor = config.data.train_batch_size * config.rollout.n, config.actor
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
+            "vllm_gpu_memory_utilization": config.rollout.gpu_memory_utilization,
+            "vllm_max_model_length": config.data.max_prompt_length
+            + config.data.max_response_length,
+            "vllm_importance_sampling_correction": False} if args.shape else {}
     return GRPOConfig(
-        output_dir=folder, seed=config.seed, use_cpu=not torch.cuda.is_available(), bf16=False,
+        **vllm,
+        output_dir=folder, seed=config.seed, use_cpu=not torch.cuda.is_available(),
+        bf16=config.mixed_precision == "bf16",
         gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True,
         max_steps=updates * (args.max_steps if args.part == "accuracy" else WARM_UP + args.steps),
@@ -184,9 +200,10 @@ def measure(args: argparse.Namespace) -> dict:
     from infra.setup import setup
     from evaluate import validate
     steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
+    backend = "vllm" if args.shape and args.one == "ours" else "transformers"
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("config.yaml", [
-            f"seed={args.seed}", f"run_dir={folder}/run", "rollout.backend=transformers",
+            f"seed={args.seed}", f"run_dir={folder}/run", f"rollout.backend={backend}",
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
             f"total_training_steps={steps}", *SETTING, *args.overrides])
         state, data = setup(config)
@@ -204,8 +221,9 @@ def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> 
                "--part", part,
                "--seed", str(seed), "--steps", str(args.steps), "--max-steps", str(args.max_steps),
                "--target", str(args.target), "--micro-batch", str(args.micro_batch)]
-    result = subprocess.run(command + ["--continuous-batching"] * args.continuous_batching,
-                            capture_output=True, text=True)
+    command += ["--continuous-batching"] * args.continuous_batching + args.overrides
+    command += ["--shape", args.shape] if args.shape else []
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -275,11 +293,12 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--micro-batch", type=int, default=128,
                         help="TRL's per_device_train_batch_size")
+    parser.add_argument("--shape", choices=SHAPES, help="with vLLM, and random weights: on a GPU")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL writes with it")
     parser.add_argument("--one", choices=SIDES, help="measure this side, and print JSON")
     parser.add_argument("--part", choices=GOALS, default="speed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="with --one")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     if args.one:
@@ -287,6 +306,18 @@ def main() -> None:
         return
     if not args.trl_python:
         parser.error("--trl-python is needed; the docstring says how to make one")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            make_model(args.shape, Path(folder))
+            args.parts = ["speed"]
+            args.overrides[:0] = [
+                f"model.path={folder}", "mixed_precision=bf16", "data.max_response_length=1024",
+                "overlong_buffer.len=256", "actor.max_tokens_per_micro_batch=16384"]
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure each part, and exit."""
     results_text, missed = [], False
     for part in args.parts:
         results = {side: [] for side in SIDES}

@@ -31,6 +31,16 @@ check memory python3 bench/memory.py
 check estimate_0.5B python3 bench/estimate.py --shape 0.5B
 check estimate_1.5B python3 bench/estimate.py --shape 1.5B  # LoRA and full fine-tuning among its cases
 limit=1500 check mismatch python3 bench/mismatch.py --model 0.5B 1.5B --tokens 512
+half="model.dtype=bfloat16 mixed_precision=bf16"
+limit=600 check vllm_asked python3 bench/vllm_speed.py asked --model 0.5B --tokens 1024 $half
+limit=600 check vllm_throughput python3 bench/vllm_speed.py throughput --model 0.5B --tokens 1024 $half
+limit=600 check vllm_step python3 bench/vllm_speed.py step --model 1.5B --rounds 3
+if [ -n "${TRL_PYTHON:-}" ]; then  # an environment that has TRL and vLLM: see compare_trl.py
+  for shape in 0.5B 1.5B; do
+    limit=1200 check "compare_trl_$shape" python3 bench/compare_trl.py --trl-python "$TRL_PYTHON" --shape $shape \
+      --micro-batch 8 --repeats 1 --steps 2
+  done
+fi
 train fp16 --num_processes 1 -- run_dir="$scratch/fp16" total_training_steps=10 mixed_precision=fp16 $small
 train plain --num_processes 1 -- run_dir="$scratch/plain" total_training_steps=10 save_every=5 $small
 train fsdp2 --config_file configs/accelerate_fsdp2.yaml --num_processes 1 -- run_dir="$scratch/fsdp2" total_training_steps=5 save_every=5 $small

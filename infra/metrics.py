@@ -122,8 +122,7 @@ class StatTotals:
         totals = dict(zip(names, totals.tolist(), strict=True))
         results = {}
         for name in self.sums:
-            count = totals.get(f"{name} count", 1)
-            if count:
+            if count := totals.get(f"{name} count", 1):
                 results[name] = totals[name] / count
         for name, largest in self.maxima.items():
             largest = accelerator.gather(largest).max().item()

@@ -5,6 +5,7 @@ sleeps while the policy is updated: `sleep` frees its weights and KV cache; the 
 the new weights, then allocates the cache again.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from infra.config import compute_dtype
-from rollout import Engine, Response, SamplingParams, make_responses, request_seed
+from rollout import Engine, Response, SamplingParams, make_responses
 
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
@@ -117,9 +118,8 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
     """`params.n` responses to each prompt; `progress` is unused. Raises ValueError if it fails."""
     from vllm import SamplingParams as Request
     from vllm.sampling_params import RequestOutputKind
-    shared = {**shared_params(params, stop_ids), "output_kind": RequestOutputKind.FINAL_ONLY,
-              "detokenize": False, "flat_logprobs": True}
-    requests = [Request(**shared, seed=request_seed(seed)) for seed in seeds]
+    requests = [Request(**request, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False,
+                        flat_logprobs=True) for request in request_params(params, seeds, stop_ids)]
     try:
         results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests,
                                use_tqdm=False)
@@ -130,21 +130,29 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
     rows = []
     for output in (output for result in results for output in result.outputs):
         ids = np.array(output.token_ids, dtype=np.int32)
-        logprobs = np.array(output.logprobs.logprobs, dtype=np.float32)
+        logprobs = output.logprobs and np.array(output.logprobs.logprobs, dtype=np.float32)
         rows.append((ids, logprobs, output.finish_reason == "stop"))
     return group_responses(tokenizer, rows, params)
 
 
-def shared_params(params: SamplingParams, stop_ids: list[int]) -> dict:
-    """vLLM's names and values, without the seed; it allows only one sample if greedy."""
+def request_params(params: SamplingParams, seeds: Sequence[tuple[int, ...]],
+                   stop_ids: list[int]) -> list[dict]:
+    """vLLM's names and values for each prompt; it allows only one sample if greedy.
+
+    By the seeds, so that a resumed run repeats it, log-probs are asked for some prompts: at least
+    one, if any at all, since they show whether this engine has the policy's weights.
+    """
     n = params.n if params.temperature > 0 else 1
-    return {**params._asdict(), "n": n, "logprobs": 0, "stop_token_ids": stop_ids}
+    chosen = set(sorted(seeds)[:math.ceil(params.logprobs * len(seeds))])
+    return [{**params._asdict(), "n": n, "stop_token_ids": stop_ids,
+             "logprobs": 0 if seed in chosen else None,  # 0: of the sampled token alone
+             "seed": int(np.random.default_rng(seed).integers(2**62))}  # plus i for response i
+            for seed in seeds]
 
 
-def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]],
-                params: SamplingParams) -> list[list[Response]]:
+def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
+                    params: SamplingParams) -> list[list[Response]]:
     """The `params.n` responses to each prompt, from the rows of `make_responses`."""
-    flat = make_responses(tokenizer, rows)
     if params.temperature == 0:
-        return [[response] * params.n for response in flat]
-    return [flat[i:i + params.n] for i in range(0, len(flat), params.n)]
+        return [group * params.n for group in make_responses(tokenizer, rows, n=1)]
+    return make_responses(tokenizer, rows, params.n)

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from infra.config import compute_dtype
 from infra.distributed import raise_on_all_ranks
-from infra.vllm_engine import group_responses, shared_params
-from rollout import Engine, Response, SamplingParams, request_seed
+from infra.vllm_engine import group_responses, request_params
+from rollout import Engine, Response, SamplingParams
 
 
 @dataclass
@@ -258,9 +258,9 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
 
     Raises ConnectionError if no server answers, ValueError if one rejects a request.
     """
-    shared = {**shared_params(params, stop_ids), **NEUTRAL, "return_token_ids": True}
-    bodies = [{"prompt": ids, "seed": request_seed(seed), **shared}
-              for ids, seed in zip(prompts, seeds, strict=True)]
+    requests = request_params(params, seeds, stop_ids)
+    bodies = [{"prompt": ids, **request, **NEUTRAL, "return_token_ids": True}
+              for ids, request in zip(prompts, requests, strict=True)]
     concurrency = max(1, max_num_seqs // params.n)
     rows = run_async(complete, servers, bodies, concurrency, progress)
     return group_responses(tokenizer, [row for group in rows for row in group], params)
@@ -307,8 +307,8 @@ async def complete(client: AsyncClient, servers: Servers, bodies: list[dict], co
 
 
 def read_choices(url: str, answer: dict,
-                 max_tokens: int) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-    """For each response: token ids (T,) int32, log-probs (T,) float32, whether it ends in an EOS.
+                 max_tokens: int) -> list[tuple[np.ndarray, np.ndarray | None, bool]]:
+    """For each response: token ids (T,) int32, log-probs (T,) float32 or None, whether it stopped.
 
     Raises ServerError if a response was aborted, ValueError if it was cut before `max_tokens`.
     """
@@ -322,6 +322,6 @@ def read_choices(url: str, answer: dict,
         if reason == "length" and len(ids) < max_tokens:
             raise ValueError(f"{url} cut a response after {len(ids)} tokens, not {max_tokens}: its "
                              "--max-model-len, or a default of its own, is too small")
-        logprobs = np.array(choice["logprobs"]["token_logprobs"], dtype=np.float32)
+        logprobs = choice["logprobs"] and np.array(choice["logprobs"]["token_logprobs"], np.float32)
         rows.append((np.array(ids, dtype=np.int32), logprobs, reason == "stop"))
     return rows

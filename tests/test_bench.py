@@ -49,6 +49,8 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
                         "rollout.n=4", "actor.ppo_mini_batch_size=16"], "(goal 0.85)"),
     "vllm_gpu": (["--shape", "tiny", "--backend", "transformers", "--tokens", "8"],
                  "| tiny | transformers |"),
+    "vllm_speed": (["step", "--model", "tiny", "--tokens", "8", "--rounds", "1",
+                    "rollout.backend=transformers", *TINY[:3]], "(goal 0.03)"),
     "waste": (["--steps", "2", "--real-steps", "1"], "(goal 1.2)"),
 }
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from rollout import (Response, SamplingParams, deserialize, generate, sample_tokens, serialize,
-                     stop_token_ids, transformers_generate)
+from infra.rng import make_rng
+from infra.vllm_engine import request_params
+from rollout import (Response, SamplingParams, deserialize, generate, make_responses, sample_tokens,
+                     serialize, stop_token_ids, transformers_generate)
 
 PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
@@ -115,9 +117,36 @@ def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_state):
     state, prompts = make_state()
     with torch.no_grad():
         next(state.policy.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="step 1: prompt 0: log-probs are not finite; the policy "
-                                         "has diverged"):
+    with pytest.raises(ValueError, match="step 1: log-probs are not finite: the policy has "
+                                         "diverged"):
         generate(state, prompts[:1], [0], "step 1", SamplingParams(4, 96))
+
+
+def test_logprobs_that_were_not_asked_for_are_no_error_but_one_that_diverged_is(tokenizer):
+    ids = np.array([1, 2], dtype=np.int32)
+    rows = [(ids, None, True), (ids, np.array([-1, -2], dtype=np.float32), False)]
+    (first, second), = make_responses(tokenizer, rows, n=2)
+    assert np.isnan(first.logprobs).all() and first.logprobs.dtype == np.float32
+    assert second.logprobs.tolist() == [-1, -2] and second.finish_reason == "length"
+    for bad in (np.nan, -np.inf):
+        rows[1] = (ids, np.array([-1, bad], dtype=np.float32), False)
+        with pytest.raises(ValueError, match="log-probs are not finite"):
+            make_responses(tokenizer, rows, n=2)
+
+
+def test_the_seeds_choose_whose_logprobs_vllm_is_asked_for():
+    seeds = [tuple(make_rng(0, "step 1", i).integers(2**32, size=4).tolist()) for i in range(100)]
+
+    def chosen(seeds, share):
+        requests = request_params(SamplingParams(4, 9, logprobs=share), seeds, stop_ids=[0])
+        assert {request["logprobs"] for request in requests} <= {0, None}
+        return {seed for seed, request in zip(seeds, requests, strict=True)
+                if request["logprobs"] == 0}
+    first = chosen(seeds, 1 / 16)
+    assert len(first) == 7 and chosen(seeds[::-1], 1 / 16) == first
+    assert first != set(seeds[:7])
+    assert chosen(seeds, 1) == set(seeds) and chosen(seeds, 0) == set()
+    assert len(chosen(seeds[:3], 1 / 16)) == 1 and chosen([], 1 / 16) == set()
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_dapo
+from evaluate import validate
 from infra.batching import collate, make_batch, micro_batches
 from infra.config import load_config
 from infra.logprobs import compute_logprobs, response_logprobs
@@ -366,6 +367,46 @@ def test_rollout_correction_weighs_the_gradient(make_state, correction, cap, fac
     assert metrics["actor/importance_ratio_clip_frac"] == (1 if cap < 1.5 else 0)
     assert metrics["actor/mismatch_abs"] == pytest.approx(math.log(1.5))
     assert metrics["actor/mismatch_kl"] == pytest.approx(1.5 - 1 - math.log(1.5))
+
+
+def test_mismatch_metrics_are_those_of_the_responses_whose_logprobs_were_asked_for(make_state):
+    """They change nothing else, and with none of them the metrics are left out."""
+    state, prompts = make_state("rollout.correction_cap=1.2", double=True)
+    mini_batch = make_mini_batch(state, prompts)
+    some, rest = mini_batch[1::2], mini_batch[::2]
+    unknown = [replace(sample, rollout_logprobs=torch.full_like(sample.rollout_logprobs, torch.nan))
+               for sample in rest]
+    names = ["actor/mismatch_abs", "actor/mismatch_kl", "actor/importance_ratio_max",
+             "actor/importance_ratio_clip_frac"]
+    _, expected = gradient(state, some)
+    whole, of_all = gradient(state, [*some, *rest])
+    found, metrics = gradient(state, [*some, *unknown])
+    assert torch.equal(found, whole)
+    for name in names:
+        assert metrics.pop(name) == pytest.approx(expected[name]) and expected[name] > 0
+        assert of_all.pop(name) != pytest.approx(expected[name])
+    assert metrics == of_all
+    _, metrics = gradient(state, unknown)
+    assert not set(names) & set(metrics) and np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize("override, share", [
+    ("rollout.correction=off", 1 / 16), ("rollout.correction=token", 1),
+    ("rollout.correction=sequence", 1), ("actor.old_logprobs=rollout", 1)])
+def test_all_logprobs_are_asked_for_only_if_the_loss_uses_them(make_state, train_steps, override,
+                                                               share):
+    state, prompts = make_state(override, "total_training_steps=1")
+    asked, generate = [], state.engine.generate
+
+    def spy(prompts, seeds, params, progress=""):
+        asked.append(params.logprobs)
+        return generate(prompts, seeds, params)
+    state = replace(state, engine=replace(state.engine, generate=spy))
+    train_steps(state, prompts)
+    assert asked and set(asked) == {share}
+    asked.clear()
+    validate(state, prompts[:2])
+    assert asked == [0]
 
 
 def test_reference_logprobs_only_if_a_kl_is_on(make_state, train_on):

@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install -r requirements-vllm
                     "or requirements-vllm.txt")
 
 from vllm_fixtures import (
+    ALL_LOGPROBS,
     COMMON,
     VLLM,
     assert_each_sync_arrives,
@@ -40,8 +41,8 @@ def checkpoint(tokenizer, tmp_path):
 def test_a_mixture_of_experts_a_hybrid_and_a_language_part_train_by_vllm(kind, precision,
                                                                          checkpoint, tmp_path):
     """Log-probs agree before the first update and after each of three."""
-    rows = train_here(None, tmp_path / "run", *COMMON, checkpoint(kind), "actor.lr=0.003",
-                      f"mixed_precision={precision}", "filter_groups.enable=false",
+    rows = train_here(None, tmp_path / "run", *COMMON, ALL_LOGPROBS, checkpoint(kind),
+                      "actor.lr=0.003", f"mixed_precision={precision}", "filter_groups.enable=false",
                       "actor.entropy_coeff=1", "total_training_steps=4")
     limit = 1e-4 if precision == "no" else 0.03
     assert len(rows) == 4

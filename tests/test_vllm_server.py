@@ -19,6 +19,7 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install -r requirements-vllm
 
 import tcp_weights
 from vllm_fixtures import (
+    ALL_LOGPROBS,
     COMMON,
     STEPS,
     add_noise,
@@ -195,7 +196,8 @@ def count_responses(url):
 
 def test_two_processes_and_two_servers_do_what_one_process_does(servers, alone, tmp_path):
     before = [count_responses(url) for url in URLS]
-    metrics = train_in_two_processes(tmp_path / "run", *COMMON, *SERVED, "total_training_steps=2")
+    metrics = train_in_two_processes(tmp_path / "run", *COMMON, ALL_LOGPROBS, *SERVED,
+                                     "total_training_steps=2")
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(row["actor/mismatch_abs"] < 1e-4 for row in metrics)
     for step in (1, 2):

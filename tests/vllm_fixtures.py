@@ -27,6 +27,7 @@ from rollout import SamplingParams
 ROOT = Path(__file__).parent.parent
 VLLM = ["rollout.backend=vllm", "rollout.max_num_seqs=64"]
 COMMON = [*TINY, "save_rollouts=99", "save_every=1", "val.file=", "save_token_stats=false"]
+ALL_LOGPROBS = "rollout.correction=token"  # asks for those of every response
 STEPS = 8  # of the run `alone`
 
 
