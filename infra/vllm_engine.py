@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from infra.config import compute_dtype
-from rollout import Engine, Response, SamplingParams, make_responses, request_seed
+from rollout import Engine, Response, SamplingParams, make_responses
 
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
@@ -139,6 +139,11 @@ def shared_params(params: SamplingParams, stop_ids: list[int]) -> dict:
     """vLLM's names and values, without the seed; it allows only one sample if greedy."""
     n = params.n if params.temperature > 0 else 1
     return {**params._asdict(), "n": n, "logprobs": 0, "stop_token_ids": stop_ids}
+
+
+def request_seed(seed: tuple[int, ...]) -> int:
+    """The seed of a prompt's request to vLLM, which adds i to it for the i-th response."""
+    return int(np.random.default_rng(seed).integers(2**62))
 
 
 def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray, bool]],

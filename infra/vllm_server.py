@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from infra.config import compute_dtype
 from infra.distributed import raise_on_all_ranks
-from infra.vllm_engine import group_responses, shared_params
-from rollout import Engine, Response, SamplingParams, request_seed
+from infra.vllm_engine import group_responses, request_seed, shared_params
+from rollout import Engine, Response, SamplingParams
 
 
 @dataclass
