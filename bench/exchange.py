@@ -1,6 +1,6 @@
-"""How many bytes do ranks exchange for a step's responses, beside those of the responses themselves?
+"""How many bytes do ranks exchange for a step's responses, beside the responses' own?
 
-    python bench/exchange.py [--processes 2 4 8] [--lengths 500 25] [--groups 32] [key.sub=value ...]
+    python bench/exchange.py [--processes 2 4 8] [--lengths 500 25] [--groups 32] [key=value ...]
 
 Steps of `train_dapo.train` in several processes over gloo, with random responses of a mean length
 in the place of an engine's, and without a model's work: all else runs as it does in a run, the
@@ -11,22 +11,29 @@ one rank, which needs one copy.
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from harness import make_state, train_dapo
 from torch import distributed
 
-ROOT, GOAL, STEPS = Path(__file__).parent.parent, 1.3, 2
+import infra.logprobs
+from infra.checkpoint import Progress
+from rollout import Response
+
+GOAL, STEPS = 1.3, 2
 
 
 def received(name: str, world: int, rank: int, arguments: tuple, options: dict) -> int:
@@ -70,71 +77,75 @@ def count_bytes(accelerator) -> Iterator[Counter]:
         yield counts
 
 
-def measure(length: int, groups: int, overrides: list[str]) -> None:
-    """In each process: take steps, and print what all received together, on the main process."""
-    from harness import make_state
+def start_processes(processes: int, function: Callable, *arguments) -> None:
+    """Call a function in so many copies of this process, which Accelerate takes for its ranks.
+    Raises SystemExit if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
-    import infra.logprobs
-    import train_dapo
-    from infra.checkpoint import Progress
-    from rollout import Response
+    def run(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)
+        function(*arguments)
+        os._exit(0)  # gloo's own shutdown sometimes hangs
 
-    with tempfile.TemporaryDirectory() as folder:
-        state, data = make_state(f"run_dir={folder}", f"data.train_batch_size={groups}",
-                                 f"data.max_response_length={8 * length}", "val.file=",
-                                 "actor.max_tokens_per_micro_batch=32768",
-                                 "filter_groups.enable=false", *overrides)
-        (Path(folder) / "rollouts").mkdir()
-        own, rows, accelerator = Counter(), [], state.accelerator
-
-        def generate(prompts, seeds, params, progress=""):
-            made = []
-            for seed in seeds:
-                rng, group = np.random.default_rng(seed), []
-                for size in np.clip(rng.exponential(length, params.n), 4, 8 * length).astype(int):
-                    text = "abc " * (size - 3) + f"Answer:{rng.integers(10)}"
-                    group.append(Response(rng.integers(0, 20, size, np.int32),
-                                          rng.normal(size=size).astype(np.float32), text,
-                                          "stop" if size < 8 * length else "length"))
-                made.append(group)
-            return made
-
-        def no_logprobs(model, batch, temperature):
-            return torch.zeros(batch["mask"].shape), None
-
-        def make_samples(config, groups, advantages):
-            samples = train(config, groups, advantages)
-            own["bytes"] += 8 * sum(len(sample.response_ids) for sample in samples)
-            return samples
-
-        engine = replace(state.engine, generate=generate, sync=lambda _: None)
-        state, train = replace(state, engine=engine), train_dapo.make_samples
-        state.config.total_training_steps = STEPS
-        with mock.patch.multiple(train_dapo, update_policy=lambda *_: None,
-                                 sync_weights=lambda _: None, make_samples=make_samples,
-                                 save_results=lambda *_: False), \
-                mock.patch.object(infra.logprobs, "response_logprobs", no_logprobs), \
-                count_bytes(accelerator) as counts:
-            train_dapo.train(state, data, Progress())
-        total = int(accelerator.reduce(torch.tensor(counts.total())))
-        rows = {"own": own["bytes"] // STEPS, "exchanged": total // STEPS}
-        if accelerator.is_main_process:
-            print(json.dumps(rows), flush=True)
-        accelerator.wait_for_everyone()
-    os._exit(0)  # gloo's own shutdown sometimes hangs
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run, args=[rank]) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        wait([process.sentinel for process in ranks if process.is_alive()])
+        if any(process.exitcode for process in ranks):  # the others would wait for it
+            for process in ranks:
+                process.kill()
+            raise SystemExit("error: one of the processes failed, see above")
 
 
-def launch(processes: int, length: int, groups: int, overrides: list[str]) -> dict:
-    """What `measure` finds in so many processes. Raises SystemExit if it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               str(ROOT / "configs/accelerate_ddp.yaml"), "--num_processes", str(processes),
-               "--main_process_port", str(20_000 + os.getpid() % 20_000), __file__, "--measure",
-               "--lengths", str(length), "--groups", str(groups), *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, check=False,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if result.returncode or "{" not in result.stdout:
-        raise SystemExit(f"error: {processes} processes: {result.stderr[-3000:]}")
-    return json.loads(result.stdout[result.stdout.index("{"):].splitlines()[0])
+def measure(length: int, groups: int, overrides: list[str], out: str) -> None:
+    """In each process: take steps; the main process writes to `out` what all received together, and
+    the responses' own bytes."""
+    state, data = make_state(f"run_dir={out}.run", f"data.train_batch_size={groups}",
+                             f"data.max_response_length={8 * length}", "val.file=",
+                             "actor.max_tokens_per_micro_batch=32768",
+                             "filter_groups.enable=false", *overrides)
+    accelerator, own, make_samples = state.accelerator, [], train_dapo.make_samples
+    if accelerator.is_main_process:
+        Path(f"{out}.run/rollouts").mkdir(parents=True)
+
+    def generate(prompts, seeds, params, progress=""):
+        made = []
+        for seed in seeds:
+            rng, group = np.random.default_rng(seed), []
+            for size in np.clip(rng.exponential(length, params.n), 4, 8 * length).astype(int):
+                text = "abc " * (size - 3) + f"Answer:{rng.integers(10)}"
+                group.append(Response(rng.integers(0, 20, size, np.int32),
+                                      rng.normal(size=size).astype(np.float32), text,
+                                      "stop" if size < 8 * length else "length"))
+            made.append(group)
+        return made
+
+    def count_own(config, trained, advantages):
+        samples = make_samples(config, trained, advantages)
+        own.extend(8 * len(sample.response_ids) for sample in samples)
+        return samples
+
+    def no_logprobs(model, batch, temperature):
+        return torch.zeros(batch["mask"].shape), None
+
+    state = replace(state, engine=replace(state.engine, generate=generate))
+    state.config.total_training_steps = STEPS
+    nothing = {"update_policy": lambda *_: None, "sync_weights": lambda _: None,
+               "save_results": lambda *_: False}
+    with (mock.patch.multiple(train_dapo, make_samples=count_own, **nothing),
+          mock.patch.object(infra.logprobs, "response_logprobs", no_logprobs),
+          count_bytes(accelerator) as counts):
+        train_dapo.train(state, data, Progress())
+    total = int(accelerator.reduce(torch.tensor(sum(counts.values()))))
+    if accelerator.is_main_process:
+        Path(out).write_text(json.dumps([sum(own) // STEPS, total // STEPS]))
+    accelerator.wait_for_everyone()
 
 
 def main() -> None:
@@ -144,22 +155,21 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[500, 25], help="mean, in tokens")
     parser.add_argument("--groups", type=int, default=32, help="prompts a step")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
-    if args.measure:
-        measure(args.lengths[0], args.groups, args.overrides)
     print("| processes | mean length | the responses' own bytes a step | exchanged | ratio |\n"
           "|---|---|---|---|---|")
     ratios = []
     for length in args.lengths:
         for processes in args.processes:
-            found = launch(processes, length, args.groups, args.overrides)
-            ratio = found["exchanged"] / found["own"]
-            print(f"| {processes} | {length} | {found['own']:,} | {found['exchanged']:,} | "
-                  f"{ratio:.2f} |", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder, "bytes.json")
+                start_processes(processes, measure, length, args.groups, args.overrides, str(out))
+                own, exchanged = json.loads(out.read_text())
+            print(f"| {processes} | {length} | {own:,} | {exchanged:,} | {exchanged / own:.2f} |",
+                  flush=True)
             if length == max(args.lengths):
-                ratios.append(ratio)
+                ratios.append(exchanged / own)
     print(f"\nat {max(args.lengths)} tokens at most {max(ratios):.2f} times the responses' own "
           f"bytes (goal {GOAL})")
     sys.exit(max(ratios) > GOAL)

@@ -1,9 +1,7 @@
-"""What test_distributed.py starts in four processes: the ways of responses between ranks, with
-random responses in the place of a model. Each process prints its checks at the end."""
+"""What test_distributed.py starts: the ways of responses between ranks, in four processes over gloo,
+with random responses in the place of a model. Each process prints its checks at the end."""
 
-import os
 import sys
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from accelerate import Accelerator
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from exchange import count_bytes  # noqa: E402
+from exchange import count_bytes, start_processes  # noqa: E402
 
 from infra.batching import make_batch, micro_batches  # noqa: E402
 from infra.data import Prompt  # noqa: E402
@@ -176,7 +174,8 @@ def check_errors(state) -> None:
         raise AssertionError("not raised")
 
 
-def main() -> None:
+def check_all() -> None:
+    """In each process."""
     accelerator = Accelerator(cpu=True)
     checks = {"generate": lambda: check_generate(make_state(accelerator)),
               "engines of two": lambda: check_generate(make_state(accelerator, per_engine=2)),
@@ -189,8 +188,7 @@ def main() -> None:
         check()
     print(f"rank {accelerator.process_index}: {', '.join(checks)}", flush=True)
     accelerator.wait_for_everyone()
-    os._exit(0)  # gloo's own shutdown sometimes hangs
 
 
 if __name__ == "__main__":
-    main()
+    start_processes(4, check_all)

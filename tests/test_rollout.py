@@ -1,6 +1,5 @@
 """rollout.py: what is sampled, from which distribution, and when a response ends."""
 
-import numpy as np
 import pytest
 import torch
 
