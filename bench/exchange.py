@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -106,10 +106,10 @@ def start_processes(processes: int, function: Callable, *arguments) -> None:
 def measure(length: int, groups: int, overrides: list[str], out: str) -> None:
     """In each process: take steps; the main process writes to `out` what all received together, and
     the responses' own bytes."""
-    state, data = make_state(f"run_dir={out}.run", f"data.train_batch_size={groups}",
-                             f"data.max_response_length={8 * length}", "val.file=",
-                             "actor.max_tokens_per_micro_batch=32768",
-                             "filter_groups.enable=false", *overrides)
+    with redirect_stdout(sys.stderr):
+        state, data = make_state(f"run_dir={out}.run", f"data.train_batch_size={groups}",
+                                 "actor.max_tokens_per_micro_batch=32768", "val.file=",
+                                 "filter_groups.enable=false", *overrides)
     accelerator, own, make_samples = state.accelerator, [], train_dapo.make_samples
     if accelerator.is_main_process:
         Path(f"{out}.run/rollouts").mkdir(parents=True)
@@ -135,7 +135,7 @@ def measure(length: int, groups: int, overrides: list[str], out: str) -> None:
         return torch.zeros(batch["mask"].shape), None
 
     state = replace(state, engine=replace(state.engine, generate=generate))
-    state.config.total_training_steps = STEPS
+    state.config.total_training_steps, state.config.data.max_response_length = STEPS, 8 * length
     nothing = {"update_policy": lambda *_: None, "sync_weights": lambda _: None,
                "save_results": lambda *_: False}
     with (mock.patch.multiple(train_dapo, make_samples=count_own, **nothing),
