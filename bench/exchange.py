@@ -1,6 +1,6 @@
 """How many bytes do ranks exchange for a step's responses, beside the responses' own?
 
-    python bench/exchange.py [--processes 2 4 8] [--lengths 500 25] [--groups 32] [key=value ...]
+    python bench/exchange.py [key.sub=value ...] [--processes 2 4 8] [--lengths 500 25] [--groups N]
 
 Steps of `train_dapo.train` in several processes over gloo, with random responses of a mean length
 in the place of an engine's, and without a model's work: all else runs as it does in a run, the
@@ -89,9 +89,11 @@ def start_processes(processes: int, function: Callable, *arguments) -> None:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.set_num_threads(1)
         function(*arguments)
-        os._exit(0)  # gloo's own shutdown sometimes hangs
+        done.wait()  # gloo can hang in a process that ends after others
+        os._exit(0)  # and in its own shutdown
 
     context = multiprocessing.get_context("fork")
+    done = context.Barrier(processes)
     ranks = [context.Process(target=run, args=[rank]) for rank in range(processes)]
     for process in ranks:
         process.start()
@@ -145,7 +147,6 @@ def measure(length: int, groups: int, overrides: list[str], out: str) -> None:
     total = int(accelerator.reduce(torch.tensor(sum(counts.values()))))
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps([sum(own) // STEPS, total // STEPS]))
-    accelerator.wait_for_everyone()
 
 
 def main() -> None:

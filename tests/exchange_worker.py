@@ -187,7 +187,6 @@ def check_all() -> None:
     for check in checks.values():
         check()
     print(f"rank {accelerator.process_index}: {', '.join(checks)}", flush=True)
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
