@@ -97,8 +97,10 @@ def start_processes(processes: int, function: Callable, *arguments) -> None:
     ranks = [context.Process(target=run, args=[rank]) for rank in range(processes)]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks):
-        wait([process.sentinel for process in ranks if process.is_alive()])
+    alive = ranks
+    while alive:
+        wait([process.sentinel for process in alive])
+        alive = [process for process in alive if process.is_alive()]
         if any(process.exitcode for process in ranks):  # the others would wait for it
             for process in ranks:
                 process.kill()
