@@ -23,6 +23,7 @@ from statistics import fmean
 from infra.config import escape_control, flatten, one_line_errors, read_command_line, split_list
 from infra.data import Prompt, find_column
 from infra.distributed import raise_on_all_ranks
+from infra.exchange import gather_on_main
 from infra.memory import out_of_memory
 from infra.setup import TrainState, setup, sync_weights
 from reward import Score, mean_extra
@@ -67,7 +68,7 @@ def validation_metrics(state: TrainState, val: dict[str, list[Prompt]], step: in
 
 def sample_and_score(state: TrainState,
                      prompts: list[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
-    """`val.n` responses to each prompt and their scores, on all ranks."""
+    """`val.n` responses to each prompt, whole on one rank each, and their scores on all."""
     val, max_tokens = state.config.val, state.config.data.max_response_length
     params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0)
     responses = generate(state, prompts, range(len(prompts)), "validation", params)
@@ -162,6 +163,7 @@ def main() -> None:
             responses, scores = sample_and_score(state, prompts)
             evaluation = evaluate(prompts, responses, scores, config.val.level_key)
             evaluations[name] = {model: evaluation}
+            responses = gather_on_main(state.accelerator, responses)
             records += [{"set": name, "id": prompt.id, **response_record(prompt, *pair)}
                         for prompt, *group in zip(prompts, responses, scores, strict=True)
                         for pair in zip(*group, strict=True)]

@@ -44,7 +44,7 @@ ARITHMETIC = re.compile(
 NUMBER = re.compile(r"-?(?:[0-9.]+(?:/[0-9]+)?|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})(?:\\?%)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """What a reward function says of one response. `score` is what advantages are made of."""
     acc: float | None  # right (1) or wrong (0); None: the reward function states no accuracy

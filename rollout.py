@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from infra.data import Prompt
-from infra.distributed import map_over_ranks
+from infra.distributed import Remote, map_over_ranks
 from infra.memory import out_of_memory
 from infra.rng import make_rng
 
@@ -30,10 +30,14 @@ from infra.rng import make_rng
 class Response:
     """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
     `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32, NaN if they were not asked
-    for. `text` lacks special tokens."""
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    text: str
+    for. `text` lacks special tokens.
+
+    It stays on one rank. The others have a `Remote` for `token_ids`, which knows how many there
+    are, and None for `logprobs` and `text`.
+    """
+    token_ids: np.ndarray | Remote
+    logprobs: np.ndarray | None
+    text: str | None
     finish_reason: str
 
 
@@ -68,23 +72,37 @@ class Engine:
 
 def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose: str,
              params: SamplingParams) -> list[list[Response]]:
-    """`params.n` responses to each prompt, in order; all ranks share the work and get the result.
+    """`params.n` responses to each prompt, in order; all ranks share the work. A rank gets whole
+    responses of its own prompts, and lengths and finish reasons of the others.
 
     What is sampled for a prompt is a function of the seed, `purpose` and its position. Raises
     ValueError if the engine fails on any rank. `state` is a TrainState.
     """
-    config, main = state.config, state.accelerator.is_main_process
+    config, accelerator, whole = state.config, state.accelerator, {}
+    rank, per_engine = accelerator.process_index, config.rollout.tensor_parallel_size
+    engines = accelerator.num_processes // per_engine
+    # an engine's ranks, which are neighbours, generate for its prompts together, and divide them
+    owners = [i % engines * per_engine + i // engines % per_engine for i in range(len(prompts))]
 
-    def generate_share(indices: Sequence[int]) -> list[list[Response]]:
+    def generate_share(own: list[int]) -> np.ndarray:
+        """The number of tokens of each response, (prompts, n), negative if it is truncated."""
+        indices = range(rank // per_engine, len(prompts), engines)
         rngs = [make_rng(config.seed, purpose, positions[i]) for i in indices]
         seeds = [tuple(rng.integers(2**32, size=4).tolist()) for rng in rngs]
         with out_of_memory("generate"):
-            return state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
-                                         progress=purpose if main else "")
+            groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
+                                           progress=purpose if accelerator.is_main_process else "")
+        whole.update(zip(indices, groups, strict=True))
+        return np.array([[len(response.token_ids) * (1 if response.finish_reason == "stop" else -1)
+                          for response in whole[i]] for i in own], np.int32)
 
-    return map_over_ranks(state.accelerator, generate_share, range(len(prompts)), purpose,
-                          config.rollout.tensor_parallel_size, serialize,
-                          partial(deserialize, n=params.n))
+    responses = []
+    for i, lengths in enumerate(map_over_ranks(accelerator, generate_share, range(len(prompts)),
+                                               owners, purpose)):
+        responses.append(whole[i] if owners[i] == rank else [
+            Response(Remote(abs(length), owners[i]), None, None, "stop" if length > 0 else "length")
+            for length in lengths.tolist()])
+    return responses
 
 
 # ---- responses -----------------------------------------------------------------------------------
@@ -102,27 +120,6 @@ def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None
             raise ValueError("log-probs are not finite: the policy has diverged, or overflows")
         responses.append(Response(ids, logprobs, text, "stop" if stopped else "length"))
     return [responses[i:i + n] for i in range(0, len(responses), n)]
-
-
-def serialize(groups: Sequence[Sequence[Response]]) -> tuple:
-    """Responses as a few flat arrays, to send to other ranks: 8 bytes per token, and the texts."""
-    flat = [response for group in groups for response in group]
-    lengths = np.array([len(response.token_ids) for response in flat], dtype=np.int32)
-    return (lengths, np.array([response.finish_reason == "stop" for response in flat]),
-            np.concatenate([np.empty(0, np.int32), *(response.token_ids for response in flat)]),
-            np.concatenate([np.empty(0, np.float32), *(response.logprobs for response in flat)]),
-            [response.text for response in flat])
-
-
-def deserialize(data: tuple, n: int) -> list[list[Response]]:
-    """The groups of `n` responses that `serialize` was given."""
-    lengths, stopped, token_ids, logprobs, texts = data
-    if not texts:
-        return []
-    ends = lengths.cumsum()[:-1]
-    parts = zip(np.split(token_ids, ends), np.split(logprobs, ends), texts, stopped, strict=True)
-    flat = [Response(*part[:3], "stop" if part[3] else "length") for part in parts]
-    return [flat[i:i + n] for i in range(0, len(flat), n)]
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:

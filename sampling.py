@@ -13,7 +13,7 @@ one integer, and identifies a group even if the data repeat a prompt.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from infra.config import escape_control
 from infra.data import Prompt
-from infra.distributed import map_over_ranks
+from infra.distributed import Remote, map_over_ranks, owner_of
 from infra.rng import make_rng
 from reward import Score, Task, overlong_penalty
 from rollout import Response
@@ -96,25 +96,30 @@ def generation_batch_size(config: SimpleNamespace, counters: dict, kept: int,
 
 def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
                     purpose: str = "validation") -> list[list[Score]]:
-    """The score of every response, in the order of the prompts; all ranks share the work.
+    """The score of every response, in the order of the prompts, from the rank that has it.
 
     A response on which the reward function fails or takes too long counts as wrong, with a warning.
     Raises ValueError if the reward function fails on all of them. `state` is a TrainState.
     """
-    tasks = []
-    for prompt, group in zip(prompts, responses, strict=True):
-        tasks.append(Task([response.text for response in group],
-                          [len(response.token_ids) for response in group],
-                          prompt.answer, prompt.row))
-    scores = map_over_ranks(state.accelerator, state.scorer, tasks, purpose)
-    failed = [(prompt, response, score) for prompt, group, of_group
-              in zip(prompts, responses, scores, strict=True)
-              for response, score in zip(group, of_group, strict=True) if score.status == "error"]
+    def score_own(own: list[tuple[Prompt, list[Response]]]) -> list[list[Score]]:
+        scores = state.scorer([Task([response.text for response in group],
+                                    [len(response.token_ids) for response in group],
+                                    prompt.answer, prompt.row) for prompt, group in own])
+        for (prompt, group), of_group in zip(own, scores, strict=True):
+            for i, score in enumerate(of_group):
+                if score.status == "error":
+                    message = (f"prompt {prompt.id} ({prompt.text[-60:]!r}), response "
+                               f"({group[i].text[-60:]!r}): {score.message}")
+                    of_group[i] = replace(score, message=message)
+        return scores
+
+    owners = [owner_of(state.accelerator, group[0].token_ids) for group in responses]
+    scores = map_over_ranks(state.accelerator, score_own,
+                            list(zip(prompts, responses, strict=True)), owners, purpose)
+    failed = [score for of_group in scores for score in of_group if score.status == "error"]
     late = sum(score.status == "timeout" for of_group in scores for score in of_group)
     if failed:
-        prompt, response, score = failed[0]
-        problem = escape_control(f"prompt {prompt.id} ({prompt.text[-60:]!r}), response "
-                                 f"({response.text[-60:]!r}): {score.message}")
+        problem = escape_control(failed[0].message)
         if len(failed) == sum(map(len, scores)):
             raise ValueError(f"{purpose}, {problem} (and so on all {len(failed)} responses)")
         warn(state, f"{purpose}, {len(failed)} responses count as wrong: {problem}")
@@ -245,15 +250,17 @@ class Sample:
 
     `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
     the CPU: the sampler's or NaN (`rollout_logprobs`), the trainer's before the step's first update
-    (`old_logprobs`), the initial policy's (`ref_logprobs`).
+    (`old_logprobs`), the initial policy's (`ref_logprobs`); None on ranks that do not train it.
+    `key`: the position of its group, and its place there.
     """
     prompt_ids: list[int]
-    response_ids: np.ndarray
+    response_ids: np.ndarray | Remote
     advantage: float | Tensor
     in_loss: bool = True
     rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    key: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

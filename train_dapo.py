@@ -2,10 +2,10 @@
 
     accelerate launch train_dapo.py --config config.yaml [key.sub=value ...]
 
-Comments in `train` give the line numbers of the paper's Algorithm 1. Every rank holds all responses
-of a step and trains on its share of each mini-batch, so that all ranks take the same decisions and
-divide by the same counts. Departures from the paper (those of the equations stand at the heads of
-sampling.py, losses.py and reward.py):
+Comments in `train` give the line numbers of the paper's Algorithm 1. Every rank knows the lengths
+and scores of all responses of a step, so that all take the same decisions and divide by the same
+counts; it has the tokens of those that it generated, then of those that it trains. Departures from
+the paper (those of the equations stand at the heads of sampling.py, losses.py and reward.py):
   1. A step ends with a full buffer; the paper's lines 7 and 8 begin a new step until it is full.
   2. Line 10's iterations are `ppo_epochs` passes over shuffled mini-batches, as in its code.
 """
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import infra  # noqa: F401  before torch: it limits how long threads spin
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -30,7 +31,8 @@ from infra.checkpoint import (Progress, check_run_dir, list_checkpoints, lock_ru
                               resume_or_start, save_after_failure, save_results)
 from infra.config import one_line_errors, read_command_line
 from infra.data import Data
-from infra.distributed import is_sharded, stop_on_signal
+from infra.distributed import in_order, is_sharded, owner_of, stop_on_signal
+from infra.exchange import send_to_trainers
 from infra.experts import record_routing, router_aux_loss
 from infra.logprobs import check_logprob_mismatch, compute_logprobs, response_logprobs
 from infra.metrics import (StatTotals, Timer, actor_metrics, log_step, print_report, progress_text,
@@ -59,7 +61,6 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
                  config.total_training_steps, initial=counters["step"],
                  disable=not state.accelerator.is_main_process)
-    num_recorded = config.save_rollouts if config.save_token_stats else 0  # groups, by token
     for step in steps:                                              # 1: for step = 1..M
         timer, generated, kept, gen_batches = Timer(), [], [], 0    # 3: the policy is now pi_old
         while len(kept) < size and gen_batches < max_gen_batches:   # 7, 8: until the buffer is full
@@ -84,7 +85,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
         count_groups(counters, len(kept), len(generated), len(groups))
         stop_reason = check_underfilled(state, counters, step, kept, generated, gen_batches)
 
-        advantages, metrics, totals = None, {}, StatTotals(groups[:num_recorded])
+        advantages, metrics, totals = None, {}, StatTotals(config, groups)
         if groups:
             advantages = compute_advantages(config, groups)         # 9: advantages
             samples = make_samples(config, groups, advantages)
@@ -129,11 +130,13 @@ def apply_kl_penalty(state: TrainState, groups: list[Group]) -> list[Group]:
     algorithm = state.config.algorithm
     samples = [Sample(group.prompt.token_ids, response.token_ids, 0.0)
                for group in groups for response in group.responses]
-    penalties = []
+    penalties, owners = [], [owner_of(state.accelerator, sample.response_ids) for sample in samples]
     for policy, reference in zip(compute_logprobs(state, state.policy, samples),
                                  compute_logprobs(state, state.reference, samples), strict=True):
-        kl = kl_penalty(policy.double(), reference.double(), algorithm.kl_penalty).sum().item()
-        penalties.append(algorithm.kl_coef * kl)
+        if policy is not None:  # the response is here
+            kl = kl_penalty(policy.double(), reference.double(), algorithm.kl_penalty).sum().item()
+            penalties.append(algorithm.kl_coef * kl)
+    penalties = in_order(gather_object([penalties]), owners)
     penalised, n = [], state.config.rollout.n
     for i, group in enumerate(groups):
         of_group = zip(group.rewards, penalties[i * n:(i + 1) * n], strict=True)
@@ -152,26 +155,29 @@ def make_samples(config: SimpleNamespace, groups: list[Group], advantages: list)
     """All responses of the groups as samples; overlong filtering masks truncated ones."""
     filtering, samples = config.algorithm.overlong_filtering, []
     for group, of_group in zip(groups, advantages, strict=True):
-        for response, advantage in zip(group.responses, of_group, strict=True):
+        for i, (response, advantage) in enumerate(zip(group.responses, of_group, strict=True)):
             in_loss = not (filtering and response.finish_reason == "length")
+            logprobs = None if response.logprobs is None else torch.from_numpy(response.logprobs)
             samples.append(Sample(group.prompt.token_ids, response.token_ids, advantage, in_loss,
-                                  torch.from_numpy(response.logprobs)))
+                                  logprobs, key=(group.position, i)))
     return samples
 
 
 # ---- lines 10 and 11: the update -----------------------------------------------------------------
 
 def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> list[Sample]:
-    """Fill in old and reference log-probs where they are needed.
+    """Send each sample to the ranks that train it, with old and reference log-probs if needed.
 
     The first mini-batch is trained by the very policy that generated it: its old log-probs are its
-    log-probs, and need no pass of their own unless it is trained again in a later epoch.
+    log-probs, and need no pass of their own unless it is trained again in a later epoch. A sample's
+    log-probs come from the rank that trains it in the first epoch.
     """
-    config, samples = state.config, list(samples)
+    config, epochs = state.config, state.config.actor.ppo_epochs
+    samples = send_to_trainers(state, samples, batches[:len(batches) // epochs])
     if config.actor.old_logprobs == "rollout":
         samples = [replace(sample, old_logprobs=sample.rollout_logprobs) for sample in samples]
     else:
-        first = set(batches[0].tolist()) if config.actor.ppo_epochs == 1 else set()
+        first = set(batches[0].tolist()) if epochs == 1 else set()
         needed = [i for i in range(len(samples)) if i not in first]
         old = compute_logprobs(state, state.policy, [samples[i] for i in needed]) if needed else []
         for i, logprobs in zip(needed, old, strict=True):
@@ -180,7 +186,8 @@ def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> lis
         ref = compute_logprobs(state, state.reference, samples)
         samples = [replace(sample, ref_logprobs=logprobs)
                    for sample, logprobs in zip(samples, ref, strict=True)]
-    return samples
+    names = ["rollout_logprobs", "old_logprobs", "ref_logprobs"][:2 + config.actor.use_kl_loss]
+    return send_to_trainers(state, samples, batches, names) if epochs > 1 else samples
 
 
 def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,

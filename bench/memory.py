@@ -6,7 +6,6 @@ Asks a GPU's allocator; follows each storage on a CPU. Prints tables, exits with
 out of bounds."""
 
 import io
-import pickle
 import sys
 import weakref
 from pathlib import Path
@@ -40,7 +39,7 @@ TERMS = {
     "activations, all kept": ("M*(L*((8 + 4*c)*H + 2*c*(H + K) + 4*c*I) + (4 + 2*c)*H)", LOOSE),
     "head: gradient, chunk of logits, tokens": ("W*V*H + 8*C + 2*c*B*T*H", LOOSE),
     "KV cache": ("2*c*L*K*B*n*(P + T - 1)", EXACT),
-    "responses exchanged": ("(8 + 4)*B*n*T", EXACT)}
+    "responses": ("(8 + 4)*B*n*T", EXACT)}
 
 
 class Storages(TorchDispatchMode):
@@ -98,8 +97,7 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) -> dict[str, int]:
-    """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token) as
-    they travel."""
+    """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token)."""
     caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows,
                                         **_: ["abc " * len(r) for r in rows])
     rollout.DynamicCache = lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1]
@@ -107,7 +105,8 @@ def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) ->
                                            [(i,) for i in range(len(prompts))],
                                            SamplingParams(n, max_tokens))
     return {"KV cache": sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers),
-            "responses exchanged": len(pickle.dumps(rollout.serialize(groups)))}
+            "responses": sum(response.token_ids.nbytes + response.logprobs.nbytes
+                             + len(response.text) for group in groups for response in group)}
 
 
 def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:

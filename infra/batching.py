@@ -1,6 +1,5 @@
 """From samples to tensors: micro-batches of equal work, and their collation."""
 
-from dataclasses import replace
 from heapq import heapreplace
 
 import numpy as np
@@ -15,7 +14,13 @@ from sampling import Sample
 
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
                   packed: bool = False) -> list[list[int]]:
-    """This rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens.
+    """This rank's share of `samples`: its part of `split_micro_batches`."""
+    return split_micro_batches(samples, max_tokens, world, packed)[rank]
+
+
+def split_micro_batches(samples: list[Sample], max_tokens: int, world: int = 1,
+                        packed: bool = False) -> list[list[list[int]]]:
+    """Each rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens.
 
     Packed: the longest sample first, to the batch that has the fewest tokens, of as few batches as
     suffice. Padded (padding counts): the same over ranks, then batches of samples of similar
@@ -28,13 +33,15 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
         batches = []
         for part in balance_lengths(lengths, world):
             batches.append(fill_batches([order[at] for at in part], samples, max_tokens))
-        return batches[rank] + [[] for _ in range(max(map(len, batches)) - len(batches[rank]))]
+        most = max(map(len, batches))
+        return [of_rank + [[]] * (most - len(of_rank)) for of_rank in batches]
     count, over = world * -(-sum(lengths) // (world * max_tokens)), 1
     while over:
         parts = balance_lengths(lengths, count)
         over = sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts)
         count += -(-over // world) * world
-    return [[order[at] for at in part] for part in parts[rank::world]]
+    parts = [[order[at] for at in part] for part in parts]
+    return [parts[rank::world] for rank in range(world)]
 
 
 def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
@@ -62,7 +69,8 @@ def fill_batches(indices: list[int], samples: list[Sample], max_tokens: int) -> 
 def make_batch(state: TrainState, samples: list[Sample], indices: list[int]) -> dict:
     """A micro-batch on the device. An empty one becomes a sample outside the loss, since every rank
     must run the model equally often."""
-    rows = [samples[i] for i in indices] or [replace(min(samples, key=len), in_loss=False)]
+    rows = [samples[i] for i in indices] or [
+        Sample([0], np.zeros(1, np.int32), 0.0, False, *torch.zeros(3, 1))]
     return collate(rows, state.tokenizer.pad_token_id or 0, state.accelerator.device,
                    packing_kind(state.policy))
 

@@ -5,7 +5,9 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -14,24 +16,39 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 
-def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list], items: Sequence,
-                   doing: str, ranks_per_share: int = 1, pack: Callable = list,
-                   unpack: Callable = list) -> list:
-    """`function(items)`, with the work shared by all ranks; each rank gets all results in order.
+@dataclass(frozen=True)
+class Remote:
+    """In the place of token ids (T,) that another rank has: T, and that rank."""
+    length: int
+    rank: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __array__(self, *_, **__):
+        raise ValueError(f"these {self.length} tokens are on rank {self.rank} only")
+
+
+def owner_of(accelerator: Accelerator, token_ids: np.ndarray | Remote) -> int:
+    """The rank that has the token ids."""
+    return token_ids.rank if isinstance(token_ids, Remote) else accelerator.process_index
+
+
+def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence], items: Sequence,
+                   owners: Sequence[int], doing: str) -> list:
+    """Every rank gets the results of all items in order: each is computed by the rank that
+    `owners` names for it.
 
     Args:
-        function: from a rank's share of the items to a list of as many results.
+        function: from the items of a rank to a sequence of as many results.
         doing: what an error message says was going on.
-        ranks_per_share: so many neighbouring ranks compute the same share together.
-        pack, unpack: what a share's results are sent as, and back.
     Raises:
         ValueError on all ranks if `function` raises on one of them; its own error on one process.
     """
-    share, shares = (rank // ranks_per_share
-                     for rank in (accelerator.process_index, accelerator.num_processes))
-    packed, error = None, ""
+    results, error = [], ""
     try:
-        packed = pack(function(items[share::shares]))
+        results = function([item for item, owner in zip(items, owners, strict=True)
+                            if owner == accelerator.process_index])
     except (OSError, ValueError) as failure:
         error = str(failure) or repr(failure)
     except Exception as failure:  # a bug: where it is matters
@@ -39,14 +56,17 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[Sequence], list
             raise
         traceback.print_exc()
         error = repr(failure)
-    gathered = gather_object([(packed, error)])
+    gathered = gather_object([(results, error)])
     for _, error in gathered:
         if error:
             raise ValueError(f"{doing}: {error}")
-    results = [None] * len(items)
-    for i, (packed, _) in enumerate(gathered[::ranks_per_share]):
-        results[i::shares] = unpack(packed)
-    return results
+    return in_order([results for results, _ in gathered], owners)
+
+
+def in_order(of_ranks: Sequence[Sequence], owners: Sequence[int]) -> list:
+    """One list of all ranks' results; `owners` has the rank of each."""
+    iterators = [iter(results) for results in of_ranks]
+    return [next(iterators[owner]) for owner in owners]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
+from infra.distributed import Remote
 from infra.memory import CHUNK_ELEMENTS, kept_elements
 from infra.packing import disable_packing, packing_kind
 from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
@@ -26,22 +27,22 @@ MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (so
 
 @torch.no_grad()
 def compute_logprobs(state: TrainState, model: torch.nn.Module,
-                     samples: list[Sample]) -> list[Tensor]:
-    """Each response's log-probs (T,) under `model`, on the CPU; all ranks share the work."""
+                     samples: list[Sample]) -> list[Tensor | None]:
+    """Each response's log-probs (T,) under `model`, on the CPU, where the response is; else None.
+    """
     config, accelerator = state.config, state.accelerator
-    mine = {}
-    for indices in micro_batches(samples, config.actor.max_tokens_per_micro_batch,
-                                 accelerator.process_index, accelerator.num_processes,
-                                 bool(packing_kind(state.policy))):
+    here = [i for i, sample in enumerate(samples) if not isinstance(sample.response_ids, Remote)]
+    micros = micro_batches([samples[i] for i in here], config.actor.max_tokens_per_micro_batch,
+                           packed=bool(packing_kind(state.policy)))
+    most, found = max(gather_object([len(micros)])), [None] * len(samples)
+    for micro in micros + [[]] * (most - len(micros)):  # every rank runs the model equally often
+        indices = [here[i] for i in micro]
         with accelerator.autocast():
             logprobs, _ = response_logprobs(model, make_batch(state, samples, indices),
                                             config.rollout.temperature)
         for i, row in zip(indices, logprobs.cpu(), strict=False):  # an empty batch has a dummy row
-            mine[i] = row[:len(samples[i].response_ids)].clone()
-    gathered = {}
-    for part in gather_object([mine]):
-        gathered |= part
-    return [gathered[i] for i in range(len(samples))]
+            found[i] = row[:len(samples[i].response_ids)].clone()
+    return found
 
 
 def response_logprobs(model: torch.nn.Module, batch: dict,
@@ -219,15 +220,16 @@ def check_weight_sync(state: TrainState, prompts: list) -> None:
     some = [prompts[i % len(prompts)] for i in range(4)] * accelerator.num_processes  # all engines
     params = SamplingParams(2, min(16, config.data.max_response_length), config.rollout.temperature)
     groups = generate(state, some, range(len(some)), "weight sync", params)
-    samples = [Sample(prompt.token_ids, response.token_ids, 0.0,
-                      rollout_logprobs=torch.from_numpy(response.logprobs))
-               for prompt, group in zip(some, groups, strict=True) for response in group]
+    pairs = [(Sample(prompt.token_ids, response.token_ids, 0.0), response)
+             for prompt, group in zip(some, groups, strict=True) for response in group]
 
     def mean_difference() -> float:
-        logprobs = compute_logprobs(state, state.policy, samples)
-        differences = [(mine - sample.rollout_logprobs).abs()
-                       for mine, sample in zip(logprobs, samples, strict=True)]
-        return torch.cat(differences).mean().item()
+        logprobs = compute_logprobs(state, state.policy, [sample for sample, _ in pairs])
+        differences = torch.cat([(mine - torch.from_numpy(response.logprobs)).abs()
+                                 for mine, (_, response) in zip(logprobs, pairs, strict=True)
+                                 if mine is not None])
+        sums = gather_object([(differences.sum().item(), len(differences))])
+        return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
     difference = mean_difference()
     if packing_kind(state.policy) == "varlen" and difference > logprob_tolerance(config):

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from evaluate import Evaluations, format_tables, response_record
 from infra.checkpoint import Progress
 from infra.distributed import raise_on_all_ranks
+from infra.exchange import gather_on_main, send_to_main
 from infra.memory import out_of_memory
 from infra.setup import TrainState
 from losses import Stat
@@ -59,23 +60,24 @@ class Timer:
 
 
 class StatTotals:
-    """The statistics that losses return, summed over the micro-batches and ranks of a step; for the
-    responses of the groups `saved`, those of each token too.
+    """The statistics that losses return, summed over the micro-batches and ranks of a step; for
+    responses of the groups that are saved, those of each token too.
 
     Every rank must add the same names in the same order.
     """
 
-    def __init__(self, saved: Sequence[Group] = ()) -> None:
+    def __init__(self, config: SimpleNamespace | None = None,
+                 groups: Sequence[Group] = ()) -> None:
         self.sums, self.counts, self.maxima = {}, {}, {}
-        self.grad_norms, self.skipped_updates = [], 0
-        self.token_stats = {id(response.token_ids): None  # samples have the same arrays
-                            for group in saved for response in group.responses}
+        self.grad_norms, self.skipped_updates, self.token_stats = [], 0, {}  # by a sample's key
+        num_saved = config.save_rollouts if config and config.save_token_stats else 0
+        self.saved = {group.position for group in groups[:num_saved]}
 
     def add(self, stats: dict[str, Stat], mask: Tensor, samples: Sequence[Sample] = ()) -> None:
         """Add those of a micro-batch, whose loss has the mask (B, T): a row for each sample."""
         for row, sample in enumerate(samples):
-            if sample.in_loss and id(sample.response_ids) in self.token_stats:
-                self._add_token_stats(stats, mask, row, sample.response_ids)
+            if sample.in_loss and sample.key and sample.key[0] in self.saved:
+                self._add_token_stats(stats, mask, row, sample)
         for name, (values, reduce, stat_mask) in stats.items():
             counted = mask if stat_mask is None else mask & stat_mask
             values = values.detach()
@@ -94,26 +96,25 @@ class StatTotals:
                 raise ValueError(f"Stat {name}: reduce {reduce!r} is none of mean, sum, max")
 
     def _add_token_stats(self, stats: dict[str, Stat], mask: Tensor, row: int,
-                         token_ids: np.ndarray) -> None:
+                         sample: Sample) -> None:
         """Keep the values at each token of a response, and which tokens a bool statistic flags."""
         values, flags = {}, {}
         for name, stat in stats.items():
             if stat.values.dtype == torch.bool or name in ("ratio", "entropy", "token_prob"):
-                of_tokens = stat.values.detach().expand(mask.shape)[row, :len(token_ids)]
+                of_tokens = stat.values.detach().expand(mask.shape)[row, :len(sample.response_ids)]
                 if of_tokens.dtype == torch.bool:
                     flags[name] = of_tokens.nonzero().flatten().tolist()
                 else:
                     values[name] = [float(f"{value:.4g}") for value in of_tokens.tolist()]
         update = len(self.grad_norms) + self.skipped_updates + 1  # of this step
-        self.token_stats[id(token_ids)] = {"update": update, "values": values, "flags": flags}
+        self.token_stats[sample.key] = {"update": update, "values": values, "flags": flags}
 
-    def gather_token_stats(self) -> dict[int, dict | None]:
-        """By the id of a saved response's `token_ids`: its statistics when it was trained last, on
-        any rank; None if it was not."""
-        of_ranks = gather_object([list(self.token_stats.values())])
-        last = [max(filter(None, found), key=lambda stats: stats["update"], default=None)
-                for found in zip(*of_ranks, strict=True)]
-        return dict(zip(self.token_stats, last, strict=True))
+    def gather_token_stats(self, accelerator: Accelerator) -> dict[tuple[int, int], dict]:
+        """On the main process, by its key: a sample's statistics when it was trained last, on any
+        rank."""
+        found = [item for of_rank in send_to_main(accelerator, self.token_stats)
+                 for item in of_rank.items()]
+        return dict(sorted(found, key=lambda item: item[1]["update"]))
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The statistics over all ranks; a mean or maximum over no token is left out."""
@@ -236,7 +237,7 @@ def rollout_records(step: int, groups: list[Group], advantages: list | None,
                 **response_record(group.prompt, response, score), "reward": group.rewards[i],
                 "final_reward": group.final_rewards[i], "advantage": advantage,
                 "dropped": reasons.get(group.position),
-                "token_stats": token_stats.get(id(response.token_ids))}) + "\n"
+                "token_stats": token_stats.get((group.position, i))}) + "\n"
 
 
 def log_step(state: TrainState, metrics: dict, generated: Sequence[Group] = (),
@@ -245,33 +246,48 @@ def log_step(state: TrainState, metrics: dict, generated: Sequence[Group] = (),
     """Write a row to metrics.jsonl and the tracker, and some of the groups that were generated, and
     of those that were trained, `groups`, to rollouts/."""
     run_dir, step = Path(state.config.run_dir), metrics["step"]
-    token_stats = totals.gather_token_stats() if totals else {}
+    saved = None
+    if generated and state.config.save_rollouts:
+        token_stats = totals.gather_token_stats(state.accelerator)
+        saved = select_saved(state, generated, groups)
     with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
         state.accelerator.log(metrics, step=step)
         if state.accelerator.is_main_process:
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if generated and state.config.save_rollouts:
-                write_rollouts(state, step, generated, groups, advantages, token_stats)
+            if saved:
+                write_rollouts(state, step, *saved, advantages, token_stats)
 
 
-def write_rollouts(state: TrainState, step: int, generated: Sequence[Group],
-                   groups: Sequence[Group], advantages: list | None, token_stats: dict) -> None:
-    """Write two files: step_N, the first groups that were trained; dropped_N, as many of those that
-    were not, of all reasons in turn. Of a skipped step those are step_N."""
-    config, rollouts = state.config, Path(state.config.run_dir) / "rollouts"
-    trained, reasons, by_reason = {group.position for group in groups}, {}, {}
+def select_saved(state: TrainState, generated: Sequence[Group], groups: Sequence[Group]
+                 ) -> tuple[list[Group], list[Group], dict[int, str]]:
+    """The groups to save, whole on the main process: the first that were trained; as many of those
+    that were not, of all reasons in turn. And by position, why groups were not trained."""
+    config, trained, reasons, by_reason = state.config, {g.position for g in groups}, {}, {}
     for group in generated:
         if group.position not in trained:
             reason = drop_reason(group, config.filter_groups, skipped=not groups)
             reasons[group.position] = reason
             by_reason.setdefault(reason, []).append(group)
     turns = zip_longest(*by_reason.values())  # the first of each reason, the second of each, ...
-    dropped = [group for turn in turns for group in turn if group][:config.save_rollouts]
-    groups = groups[:config.save_rollouts]
-    for response in (response for group in groups for response in group.responses):
-        if stats := token_stats.get(id(response.token_ids)):
-            stats["texts"] = token_texts(state.tokenizer, response.token_ids)
+    dropped = [group for turn in turns for group in turn if group]
+    saved = []
+    for some in (groups[:config.save_rollouts], dropped[:config.save_rollouts]):
+        whole = gather_on_main(state.accelerator, [group.responses for group in some])
+        saved.append([replace(group, responses=responses)
+                      for group, responses in zip(some, whole, strict=True)])
+    return *saved, reasons
+
+
+def write_rollouts(state: TrainState, step: int, groups: list[Group], dropped: list[Group],
+                   reasons: dict[int, str], advantages: list | None, token_stats: dict) -> None:
+    """Write two files: step_N, groups that were trained; dropped_N, groups that were not. Of a
+    skipped step those are step_N."""
+    for group in groups:
+        for i, response in enumerate(group.responses):
+            if stats := token_stats.get((group.position, i)):
+                stats["texts"] = token_texts(state.tokenizer, response.token_ids)
+    rollouts = Path(state.config.run_dir) / "rollouts"
     lines = rollout_records(step, groups or dropped, advantages, reasons, token_stats)
     (rollouts / f"step_{step:05d}.jsonl").write_text("".join(lines), "utf-8")
     if groups and dropped:

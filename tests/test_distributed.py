@@ -2,10 +2,8 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +15,8 @@ from safetensors.torch import load_file
 from worker import MODES
 
 import infra.distributed
-from infra.batching import make_batch, micro_batches
-from infra.distributed import map_over_ranks, raise_on_all_ranks
-from rollout import Response, deserialize, serialize
+from infra.batching import collate, make_batch, micro_batches
+from infra.distributed import Remote, map_over_ranks, owner_of, raise_on_all_ranks
 from sampling import Sample
 from train_dapo import compute_loss
 
@@ -80,18 +77,19 @@ def as_ranks(monkeypatch):
     return as_ranks
 
 
-@pytest.mark.parametrize(("world", "per_share"), [(1, 1), (2, 1), (3, 1), (4, 2)])
-def test_ranks_share_the_work_and_each_gets_all_results_in_order(as_ranks, world, per_share):
-    shares = []
+@pytest.mark.parametrize("owners", [[0] * 7, [0, 1, 0, 1, 0, 1, 0], [2, 0, 0, 2, 1, 1, 2]])
+def test_each_item_is_the_work_of_its_owner_and_every_rank_gets_all_results_in_order(as_ranks,
+                                                                                     owners):
+    shares, world = [], max(owners) + 1
 
     def square(items):
         shares.append(list(items))
         return [item**2 for item in items]
 
-    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(7), "", per_share), world)
+    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(7), owners, ""), world)
     assert outcomes == [[0, 1, 4, 9, 16, 25, 36]] * world
-    assert sorted(chain(*shares[:world:per_share])) == list(range(7))
-    assert all(shares[i] == shares[i - i % per_share] for i in range(world))
+    for rank in range(world):
+        assert shares[rank] == [i for i, owner in enumerate(owners) if owner == rank]
 
 
 def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
@@ -100,7 +98,7 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
             if rank.process_index == 1:
                 raise KeyError("lost")
             return items
-        return map_over_ranks(rank, work, [0, 1, 2], "step 3")
+        return map_over_ranks(rank, work, [0, 1, 2], [0, 1, 0], "step 3")
 
     def fail_on_0(rank):
         with raise_on_all_ranks("cannot save x"):
@@ -113,24 +111,24 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
 
 
-def test_responses_travel_as_flat_arrays():
-    rng, groups = np.random.default_rng(0), []
-    for _ in range(9):
-        groups.append([Response(rng.integers(0, 150_000, length).astype(np.int32),
-                                rng.normal(size=length).astype(np.float32), "hm",
-                                "stop" if length % 2 else "length")
-                       for length in rng.integers(0, 999, 16)])
-    sent, tokens = serialize(groups), sum(len(r.token_ids) for group in groups for r in group)
-    assert len(pickle.dumps(sent)) < 8 * tokens + 20 * 9 * 16 + 1000
-    for before, after in zip(chain(*groups), chain(*deserialize(sent, 16)), strict=True):
-        assert np.array_equal(before.token_ids, after.token_ids)
-        assert np.array_equal(before.logprobs, after.logprobs)
-        assert (before.text, before.finish_reason) == (after.text, after.finish_reason)
-        assert (after.token_ids.dtype, after.logprobs.dtype) == (np.int32, np.float32)
-    assert deserialize(serialize([]), 16) == []
+def test_tokens_of_another_rank_have_a_length_and_nothing_else():
+    sample = Sample([1, 2], Remote(30, rank=5), 0.0)
+    assert len(sample) == 32
+    assert [owner_of(SimpleNamespace(process_index=3), ids)
+            for ids in (sample.response_ids, np.zeros(2, np.int32))] == [5, 3]
+    with pytest.raises(ValueError, match="these 30 tokens are on rank 5 only"):
+        collate([sample], pad_id=0)
 
 
 # ---- real processes, over gloo -------------------------------------------------------------------
+
+def test_responses_go_to_the_ranks_that_train_them_and_nowhere_else():
+    """The checks, by rank, are those of exchange_worker.py."""
+    lines = run_to_end([sys.executable, str(ROOT / "tests/exchange_worker.py")]).splitlines()
+    assert [line.partition(":")[0] for line in sorted(lines)] == [f"rank {i}" for i in range(4)]
+    assert all(line.endswith("generate, engines of two, scores, trainers, two epochs, bytes, errors")
+               for line in lines)
+
 
 def run_to_end(command):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,

@@ -164,7 +164,8 @@ def run_script(tmp_path, monkeypatch):
     def run_script(*overrides: str, is_main: bool = True) -> SimpleNamespace:
         def setup(config, training):
             assert not training
-            accelerator = SimpleNamespace(is_main_process=is_main)
+            accelerator = SimpleNamespace(is_main_process=is_main, process_index=0,
+                                          num_processes=1)
             engine = SimpleNamespace(close=lambda: closed.append(True))
             seen.run_dir = config.run_dir
             return (

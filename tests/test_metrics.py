@@ -83,20 +83,22 @@ def test_no_gradient_is_kept_and_what_stands_in_the_padding_has_no_effect():
 
 def test_tokens_of_saved_responses_are_kept_as_they_were_trained_last():
     saved, other = make_group(0, PROMPT, [1, 0], length=2), make_group(1, PROMPT, [1], length=3)
-    first, second = (Sample([1], response.token_ids, 0.0) for response in saved.responses)
-    unsaved = Sample([1], other.responses[0].token_ids, 0.0)
-    totals = StatTotals([saved])
+    first, second = (Sample([1], response.token_ids, 0.0, key=(0, i))
+                     for i, response in enumerate(saved.responses))
+    unsaved = Sample([1], other.responses[0].token_ids, 0.0, key=(1, 0))
+    config = SimpleNamespace(save_rollouts=1, save_token_stats=True)
+    totals, accelerator = StatTotals(config, [saved, other]), Accelerator(cpu=True)
     totals.add({"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "other": Stat(VALUES)},
                torch.ones(2, 3, dtype=torch.bool), [first, unsaved])
     totals.grad_norms.append(1.0)
-    assert list(totals.gather_token_stats().values()) == [
-        {"update": 1, "values": {"ratio": [1.25, 0.1235]}, "flags": {}}, None]
+    assert totals.gather_token_stats(accelerator) == {
+        (0, 0): {"update": 1, "values": {"ratio": [1.25, 0.1235]}, "flags": {}}}
     stats = {"entropy": Stat(torch.tensor([[2.0], [3.0]])),  # one value for all tokens
              "clip_frac_low": Stat(torch.tensor([[False, True], [False, False]]))}
     totals.add(stats, torch.tensor([[True, True], [False, False]]),
                [first, replace(second, in_loss=False)])  # by overlong filtering
-    assert list(totals.gather_token_stats().values()) == [
-        {"update": 2, "values": {"entropy": [2.0, 2.0]}, "flags": {"clip_frac_low": [1]}}, None]
+    assert totals.gather_token_stats(accelerator) == {
+        (0, 0): {"update": 2, "values": {"entropy": [2.0, 2.0]}, "flags": {"clip_frac_low": [1]}}}
 
 
 def test_a_statistic_over_no_token_is_left_out():
@@ -165,7 +167,7 @@ def test_a_rollout_file_has_all_that_belongs_to_a_response():
     group = make_group(7, Prompt(3, "2+3?", [1], "5", {}), [score, 0])
     first, second = map(json.loads, rollout_records(
         4, [group], [[0.5, torch.tensor([1.0, 2.0])]], {},
-        {id(group.responses[0].token_ids): {"update": 1}}))
+        {(7, 0): {"update": 1}}))
     assert first == {
         "step": 4, "position": 7, "prompt": "2+3?", "answer": "5", "response": "", "tokens": 3,
         "finish_reason": "stop", "pred": "5", "acc": 1.0, "score": 2.0, "reward": 2.0,

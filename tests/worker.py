@@ -26,6 +26,7 @@ from infra.checkpoint import (Progress, find_corruption, load_checkpoint,  # noq
                               save_checkpoint, save_model)
 from infra.config import load_config  # noqa: E402
 from infra.distributed import iter_full_weights  # noqa: E402
+from infra.exchange import gather_on_main  # noqa: E402
 from infra.metrics import StatTotals  # noqa: E402
 from infra.packing import packing_kind  # noqa: E402
 from infra.setup import setup, sync_weights  # noqa: E402
@@ -92,13 +93,15 @@ def train(state, data, steps) -> dict:
 
     def log_step(state, metrics, generated, groups, advantages, totals):
         results["losses"].append(metrics["actor/loss"])
-        for of_response in totals.gather_token_stats().values():
+        for _, of_response in sorted(totals.gather_token_stats(state.accelerator).items()):
             results["saved"] += of_response["values"]["ratio"] + of_response["values"]["entropy"]
-        for group in groups:
+        whole = gather_on_main(state.accelerator, [group.responses for group in groups])
+        for group, responses in zip(groups, whole, strict=True):
             results["positions"].append(group.position)
-            for response in group.responses:
+            for response in responses:
                 results["lengths"].append(len(response.token_ids))
-                results["tokens"] += response.token_ids.tolist()
+                if state.accelerator.is_main_process:
+                    results["tokens"] += response.token_ids.tolist()
 
     train_dapo.log_step, train_dapo.save_results = log_step, lambda *_: False
     state.config.total_training_steps, progress = steps, Progress()
