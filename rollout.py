@@ -30,11 +30,8 @@ from infra.rng import make_rng
 class Response:
     """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
     `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32, NaN if they were not asked
-    for. `text` lacks special tokens.
-
-    It stays on one rank. The others have a `Remote` for `token_ids`, which knows how many there
-    are, and None for `logprobs` and `text`.
-    """
+    for. `text` lacks special tokens. It is whole on one rank; the others have None, and for
+    `token_ids` a `Remote`, which knows T."""
     token_ids: np.ndarray | Remote
     logprobs: np.ndarray | None
     text: str | None

@@ -108,9 +108,9 @@ def score_responses(state, prompts: Sequence[Prompt], responses: Sequence[Sequen
         for (prompt, group), of_group in zip(own, scores, strict=True):
             for i, score in enumerate(of_group):
                 if score.status == "error":
-                    message = (f"prompt {prompt.id} ({prompt.text[-60:]!r}), response "
-                               f"({group[i].text[-60:]!r}): {score.message}")
-                    of_group[i] = replace(score, message=message)
+                    of_group[i] = replace(score, message=(
+                        f"prompt {prompt.id} ({prompt.text[-60:]!r}), response "
+                        f"({group[i].text[-60:]!r}): {score.message}"))
         return scores
 
     owners = [owner_of(state.accelerator, group[0].token_ids) for group in responses]
@@ -251,7 +251,7 @@ class Sample:
     `response_ids` (T,); `advantage` is one number, or a tensor (T,). Log-probs are tensors (T,) on
     the CPU: the sampler's or NaN (`rollout_logprobs`), the trainer's before the step's first update
     (`old_logprobs`), the initial policy's (`ref_logprobs`); None on ranks that do not train it.
-    `key`: the position of its group, and its place there.
+    `key`: the position of its group, and its number there.
     """
     prompt_ids: list[int]
     response_ids: np.ndarray | Remote

@@ -136,11 +136,10 @@ def apply_kl_penalty(state: TrainState, groups: list[Group]) -> list[Group]:
         if policy is not None:  # the response is here
             kl = kl_penalty(policy.double(), reference.double(), algorithm.kl_penalty).sum().item()
             penalties.append(algorithm.kl_coef * kl)
-    penalties = in_order(gather_object([penalties]), owners)
-    penalised, n = [], state.config.rollout.n
-    for i, group in enumerate(groups):
-        of_group = zip(group.rewards, penalties[i * n:(i + 1) * n], strict=True)
-        penalised.append(replace(group, final_rewards=[reward - kl for reward, kl in of_group]))
+    penalties, penalised = iter(in_order(gather_object([penalties]), owners)), []
+    for group in groups:
+        rewards = [reward - next(penalties) for reward in group.rewards]
+        penalised.append(replace(group, final_rewards=rewards))
     return penalised
 
 

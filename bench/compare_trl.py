@@ -43,7 +43,7 @@ training processes instead, asleep during the update: random weights, whose resp
 have 1024 tokens, bf16 passes over float32 weights. Give TRL `--micro-batch 8` (the logits of 128
 such rows are 80 GB). TRL's correction of the sampler's log-probs is off, as ours is. `pip install
 vllm==0.32.0` in both environments; TRL 1.16 warns that it knows vLLM up to 0.31. TRL's vLLM has no
-settings for CPUs, so this mode was tried on a CPU with our side only.
+settings for CPUs: this mode has not been tried yet.
 
 Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
 """
