@@ -150,7 +150,7 @@ def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_ea
     )
     state = SimpleNamespace(config=config)
     first, second = (evaluate.validate(state, prompts({}, {}, {})) for _ in range(2))
-    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7))] * 2
+    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7, 0))] * 2
     assert first == second and first.metrics["avg@1"] == 1
 
 
