@@ -61,7 +61,8 @@ def make_rows(args: argparse.Namespace) -> list[Row]:
     low = load_config(args.config, args.overrides).actor.clip_ratio_low
     off = {name: override.format(low=low) for name, override in OFF.items()}
     if args.forks is not None:
-        known = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
+        known = sorted(path.stem for path in ROOT.glob("forks/*.patch")
+                       if path.stem != "one_step_ahead")  # which needs servers
         names = args.forks or known
         if unknown := set(names) - set(known):
             raise ValueError(f"--forks {' '.join(sorted(unknown))}: none of {', '.join(known)}")

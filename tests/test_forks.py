@@ -414,6 +414,12 @@ def test_ahead_what_it_needs_is_named_in_one_line(make_ahead, make_state):
             make_ahead(override)
 
 
+@of_fork("one_step_ahead")
+def test_ahead_the_thread_does_not_keep_the_process_from_ending(fork):
+    code = "import time; from infra.distributed import start_thread; start_thread(time.sleep, 999)"
+    subprocess.run([sys.executable, "-c", code], cwd=fork, timeout=300, check=True)
+
+
 @pytest.mark.slow
 def test_ahead_several_processes_are_refused(tmp_path):
     copy = tmp_path / "copy"
