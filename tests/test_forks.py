@@ -426,7 +426,7 @@ def test_ahead_several_processes_are_refused(tmp_path):
     apply_fork("one_step_ahead", copy)
     (copy / "own_weights.py").write_text(OWN_WEIGHTS)
     result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
          "--main_process_port", "29747", "own_weights.py", "--config", "config.yaml",
          "run_dir=run", CORRECTED, *TINY], cwd=copy, capture_output=True, text=True, timeout=300,
         check=False)
@@ -445,7 +445,7 @@ def test_ahead_a_run_that_is_stopped_and_resumed_is_the_uninterrupted_one(tmp_pa
     stopped = run(copy, "parts", *options, script="own_weights.py", STOP_AT="step 3")
     assert [row["step"] for row in stopped] == [0, 1, 2]
     (checkpoint,) = (copy / "parts/checkpoints").iterdir()
-    assert checkpoint.name == "step_00002" and (checkpoint / "ahead.pickle").stat().st_size > 10**4
+    assert checkpoint.name == "step_00002" and (checkpoint / "ahead.pickle").stat().st_size > 10**3
     counters = json.loads((checkpoint / "progress.json").read_text())["counters"]
     assert counters["prompts_drawn"] == whole[2]["prompts_drawn"]
     parts = run(copy, "parts", *options, script="own_weights.py")
