@@ -46,9 +46,10 @@ OFF = {  # what turns each technique off; {low} is actor.clip_ratio_low
     "token-level loss": "actor.loss_agg_mode=seq-mean-token-mean",
     "dynamic sampling": "filter_groups.enable=false"}
 FILTERING = "algorithm.overlong_filtering=true"
-NO_EFFECT = {  # forks that are measured only if they are named: here they train as DAPO does
-    "geometric_mask", "icepop",  # without a difference between sampler and trainer
-    "curriculum"}  # before the second epoch
+NOT_HERE = {  # forks that are measured only if they are named
+    "geometric_mask", "icepop",  # change nothing if sampler and trainer do not differ
+    "curriculum",  # changes nothing before the second epoch
+    "one_step_ahead"}  # needs servers
 CODE = ("*.py", "*.yaml", "*.md", "infra/*.*", "configs/*", "toy/*.py", "tests/*.py", "bench/*.py")
 RUNNING: set[subprocess.Popen] = set()  # trainings in progress
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees
@@ -72,7 +73,7 @@ def make_rows(args: argparse.Namespace) -> list[Row]:
     off = {name: override.format(low=low) for name, override in OFF.items()}
     if args.forks is not None:
         known = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
-        names = args.forks or sorted(set(known) - NO_EFFECT)
+        names = args.forks or sorted(set(known) - NOT_HERE)
         if unknown := set(names) - set(known):
             raise ValueError(f"--forks {' '.join(sorted(unknown))}: none of {', '.join(known)}")
         return [Row("DAPO"), *(Row(name, fork=name) for name in names)]
@@ -306,7 +307,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     tables = parser.add_mutually_exclusive_group()
     tables.add_argument("--without", action="store_true", help="DAPO without each of its parts")
     tables.add_argument("--forks", nargs="*", metavar="NAME",
-                        help="forks/; default: all that have an effect here")
+                        help="forks/; default: all that do something here")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ladder")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--jobs", type=int, default=CORES)

@@ -38,6 +38,8 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
     "memory": ([], "goal: ratios within"),
     "mismatch": (["--model", "tiny", "--backend", "transformers", "--prompts", "2", "--n", "2",
                   "--tokens", "8"], "| tiny | transformers | float32 |"),
+    "one_step_ahead": (["--seeds", "0", "--rate", "10000", *TINY, "total_training_steps=2"],
+                       "(goal 0.6)"),
     "rollout_vs_generate": (["--models", "toy/base", "random", "hybrid", "mamba", "--rounds", "1",
                              "--n", "2", "--prompts", "2", "--max-tokens", "8",
                              "--random-prompts", "2", "--random-max-tokens", "8"], "(goal 1.5)"),
@@ -130,7 +132,7 @@ def test_the_ladder_ends_with_dapo_and_each_row_without_a_part_lacks_that_one():
     without = rows("--without")
     assert without.pop("DAPO") == () and set(without.values()) == {(key,) for key in off}
     forks = [path.stem for path in (ROOT / "forks").glob("*.patch")]
-    assert set(rows("--forks")) == {"DAPO", *forks} - ladder.NO_EFFECT
+    assert set(rows("--forks")) == {"DAPO", *forks} - ladder.NOT_HERE
     assert set(rows("--forks", *forks)) == {"DAPO", *forks}
 
 

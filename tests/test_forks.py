@@ -1,11 +1,13 @@
 """forks/: every patch applies, is small, does what its equation says, and trains."""
 
+import json
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 
@@ -21,7 +23,8 @@ LOGGED = {  # a metric of its own, or one that it changes
     "dr_grpo": "actor/loss", "geometric_mask": "actor/geometric_mask_frac",
     "gspo": "actor/clip_frac_low", "high_entropy": "actor/high_entropy_frac",
     "icepop": "actor/icepop_mask_frac", "kl_cov": "actor/kl_cov_frac",
-    "leave_one_out": "actor/loss"}
+    "leave_one_out": "actor/loss", "one_step_ahead": "actor/mismatch_kl"}
+LIMITS = {"one_step_ahead": 60}  # changed lines, 40 otherwise: a thread, and what it makes is saved
 
 
 def apply_fork(name: str, copy: Path) -> None:
@@ -78,10 +81,10 @@ def changed_lines(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FORKS)
-def test_a_fork_has_at_most_forty_changed_lines_a_source_and_no_new_key(name):
+def test_a_fork_has_few_changed_lines_a_source_and_no_new_key(name):
     changed = changed_lines(name)
     added = [line[1:] for line in changed if line[0] == "+"]
-    assert 0 < len(changed) <= 40 and max(map(len, added)) <= 100
+    assert 0 < len(changed) <= LIMITS.get(name, 40) and max(map(len, added)) <= 100
     assert any(re.search(r"# .*(arXiv|https://)", line) for line in added)
     removed_keys, added_keys = (re.findall(rf"^\{sign}  (\w+): ", "\n".join(changed), re.MULTILINE)
                                 for sign in "-+")
@@ -269,15 +272,204 @@ def test_solved_prompts_leave_the_stream(fork, make_state, train_steps, fake_rol
         draw(prompts, 0, 1, 0, [prompt.id for prompt in prompts])
 
 
+# ---- one step ahead ------------------------------------------------------------------------------
+
+# Starts a run whose engine, of transformers, has weights of its own as a server has. Ctrl-C comes
+# while the responses of the step that STOP_AT names are written.
+OWN_WEIGHTS = """
+import os, signal
+from dataclasses import replace
+import infra.setup
+from rollout import transformers_engine
+
+def make_engine(config, accelerator, policy, tokenizer):
+    model = infra.setup.copy_without_weights(policy, config, accelerator.device)
+    engine = transformers_engine(model, tokenizer, accelerator.autocast, 1024, has_own_weights=True)
+
+    def generate(*args, progress):
+        if progress == os.environ.get("STOP_AT"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return engine.generate(*args, progress=progress)
+    return replace(engine, generate=generate)
+
+infra.setup.make_engine = make_engine
+if __name__ == "__main__":
+    import train_dapo
+    train_dapo.main()
+"""
+CORRECTED = "rollout.correction=token"
+
+
+@pytest.fixture
+def make_ahead(fork, make_state):
+    """`make_ahead("key=value", ...)`: a state and prompts, the engine with weights of its own."""
+    def make_ahead(*overrides: str):
+        (fork / "own_weights.py").write_text(OWN_WEIGHTS)
+        import_module("own_weights")
+        state, prompts = make_state(CORRECTED, *overrides)
+        import_module("infra.setup").sync_weights(state)
+        return state, prompts
+    yield make_ahead
+    sys.modules.pop("own_weights", None)
+
+
+@of_fork("one_step_ahead")
+def test_ahead_each_step_is_written_while_the_one_before_trains(make_ahead, train_steps,
+                                                                monkeypatch):
+    state, prompts = make_ahead("total_training_steps=4", "actor.lr_warmup_steps=0")
+    train_dapo = import_module("train_dapo")
+    written, training, writing = [], threading.Event(), threading.Event()
+    generate, update, sync = train_dapo.generate, train_dapo.update_policy, train_dapo.sync_weights
+    weights = [{name: value.clone() for name, value in state.policy.state_dict().items()}]
+
+    def generate_of_step(state, prompts, positions, purpose, params):
+        if purpose == "step 2":
+            writing.set()
+            assert training.wait(60)
+        written.append((purpose, list(positions), generate(state, prompts, positions, purpose,
+                                                           params)))
+        return written[-1][-1]
+
+    def update_once_writing(*args):
+        training.set()
+        assert writing.wait(60)
+        update(*args)
+
+    def sync_and_keep(state):
+        sync(state)
+        weights.append({name: value.clone() for name, value in state.policy.state_dict().items()})
+    monkeypatch.setattr(train_dapo, "generate", generate_of_step)
+    monkeypatch.setattr(train_dapo, "update_policy", update_once_writing)
+    monkeypatch.setattr(train_dapo, "sync_weights", sync_and_keep)
+    steps = train_steps(state, prompts)
+
+    # the stream's order, without a gap; nothing of a fifth step
+    assert [at for _, positions, _ in written for at in positions] == list(
+        range(steps[-1].metrics["prompts_drawn"]))
+    drawn = {step: max(positions) + 1 for step, positions, _ in written}
+    assert drawn == {f"step {step.metrics['step']}": step.metrics["prompts_drawn"]
+                     for step in steps}
+    # after training steps 0, 0, 1, 2 (and not one more): the sampler's log-probs are recomputed
+    groups = {step.metrics["step"]: step.groups for step in steps}
+    for step, after in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        assert mismatch(state, weights[after], groups[step]) < 1e-5
+        assert mismatch(state, weights[after + 1], groups[step]) > 1e-3
+    assert steps[0].metrics["actor/importance_ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert all(step.metrics["actor/importance_ratio_max"] > 1.01 for step in steps[1:])
+
+
+def mismatch(state, weights: dict, groups: list) -> float:
+    """The mean difference of the sampler's log-probs from those under these weights."""
+    state.policy.load_state_dict(weights)
+    compute_logprobs = import_module("infra.logprobs").compute_logprobs
+    sample = import_module("sampling").Sample
+    flat = [(group.prompt.token_ids, response) for group in groups for response in group.responses]
+    ours = compute_logprobs(state, state.policy, [sample(ids, response.token_ids, 0.0)
+                                                  for ids, response in flat])
+    theirs = [torch.from_numpy(response.logprobs) for _, response in flat]
+    return (torch.cat(ours) - torch.cat(theirs)).abs().mean().item()
+
+
+@of_fork("one_step_ahead")
+def test_ahead_the_step_after_a_skipped_one_is_written_by_the_newest_policy(
+        make_ahead, train_steps, fake_rollouts):
+    state, prompts = make_ahead("total_training_steps=3", "data.gen_batch_size=4",
+                                "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
+    skipped = range(4, 8)  # step 2
+    batches = fake_rollouts(lambda at: [1, 0, 0, 0] if at not in skipped else [1, 1, 1, 1])
+    steps = train_steps(state, prompts)
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [step.metrics["prompts_drawn"] for step in steps] == [4, 8, 12]
+    assert [step.metrics["groups/trained"] for step in steps] == [4, 0, 4]
+
+
+@of_fork("one_step_ahead")
+def test_ahead_an_error_of_the_thread_ends_the_run_and_so_does_a_sync_that_does_nothing(
+        make_ahead, train_steps, monkeypatch):
+    state, prompts = make_ahead()
+    sync, train_dapo = state.engine.sync, import_module("train_dapo")
+    monkeypatch.setattr(train_dapo, "sync_weights", lambda state: None)
+    with pytest.raises(ValueError, match="^step 1: the log-probs .* not have the policy's weights"):
+        train_steps(state, prompts)
+    sync(import_module("infra.distributed").iter_full_weights(state.policy, tied=True))
+    generate = train_dapo.generate
+
+    def generate_once(state, prompts, positions, purpose, params):
+        if purpose == "step 2":
+            raise ConnectionError("the server is gone")
+        return generate(state, prompts, positions, purpose, params)
+    monkeypatch.setattr(train_dapo, "generate", generate_once)
+    with pytest.raises(OSError, match="^the server is gone$"):
+        train_steps(state, prompts)
+
+
+@of_fork("one_step_ahead")
+def test_ahead_what_it_needs_is_named_in_one_line(make_ahead, make_state):
+    with pytest.raises(SystemExit, match="^error: writing one step ahead needs "
+                       "rollout.correction=token or sequence, rollout.mode=server$"):
+        make_state()
+    for override, need in (("rollout.correction=off", "rollout.correction=token or sequence"),
+                           ("algorithm.use_kl_in_reward=true", "algorithm.use_kl_in_reward=false")):
+        with pytest.raises(SystemExit, match=f"^error: writing one step ahead needs {need}$"):
+            make_ahead(override)
+
+
+@of_fork("one_step_ahead")
+def test_ahead_the_thread_does_not_keep_the_process_from_ending(fork):
+    code = "import time; from infra.distributed import start_thread; start_thread(time.sleep, 999)"
+    subprocess.run([sys.executable, "-c", code], cwd=fork, timeout=300, check=True)
+
+
+@pytest.mark.slow
+def test_ahead_several_processes_are_refused(tmp_path):
+    copy = tmp_path / "copy"
+    apply_fork("one_step_ahead", copy)
+    (copy / "own_weights.py").write_text(OWN_WEIGHTS)
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--main_process_port", "29747", "own_weights.py", "--config", "config.yaml",
+         "run_dir=run", CORRECTED, *TINY], cwd=copy, capture_output=True, text=True, timeout=300,
+        check=False)
+    assert result.returncode and "error: writing one step ahead needs one training process\n" in (
+        result.stderr)
+
+
+@pytest.mark.slow
+def test_ahead_a_run_that_is_stopped_and_resumed_is_the_uninterrupted_one(tmp_path):
+    copy = tmp_path / "copy"
+    apply_fork("one_step_ahead", copy)
+    (copy / "own_weights.py").write_text(OWN_WEIGHTS)
+    options = [CORRECTED, "total_training_steps=4", "data.gen_batch_size=auto", "save_rollouts=99"]
+    whole = run(copy, "whole", *options, script="own_weights.py")
+    # step 3 is being written while step 2 trains: that step ends, then the run
+    stopped = run(copy, "parts", *options, script="own_weights.py", STOP_AT="step 3")
+    assert [row["step"] for row in stopped] == [0, 1, 2]
+    (checkpoint,) = (copy / "parts/checkpoints").iterdir()
+    assert checkpoint.name == "step_00002" and (checkpoint / "ahead.pickle").stat().st_size > 10**3
+    counters = json.loads((checkpoint / "progress.json").read_text())["counters"]
+    assert counters["prompts_drawn"] == whole[2]["prompts_drawn"]
+    parts = run(copy, "parts", *options, script="own_weights.py")
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert {key: value for key, value in ours.items() if not key.startswith(TIMES)} == {
+            key: value for key, value in theirs.items() if not key.startswith(TIMES)}
+    for file in (*(f"rollouts/step_{step:05d}.jsonl" for step in range(1, 5)),
+                 "model/model.safetensors"):
+        assert (copy / "parts" / file).read_bytes() == (copy / "whole" / file).read_bytes()
+
+
 # ---- two steps through the command line ----------------------------------------------------------
 
-def run(copy: Path, run_dir: str, *overrides: str) -> list[dict]:
-    """The rows that a tiny run in the copy logs."""
-    command = [sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
+TIMES = ("time/", "tokens_per_s/")
+
+
+def run(copy: Path, run_dir: str, *overrides: str, script: str = "train_dapo.py",
+        **variables: str) -> list[dict]:
+    """The rows that a tiny run in the copy logs. `variables`: more of its environment."""
+    command = [sys.executable, script, "--config", "config.yaml", f"run_dir={run_dir}",
                *TINY, *overrides]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment,
-                            timeout=300, check=False)
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300,
+                            env=environment | variables, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return read_rows(copy / run_dir)
 
@@ -286,7 +478,12 @@ def run(copy: Path, run_dir: str, *overrides: str) -> list[dict]:
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_trains_two_steps_with_the_same_command(name, tmp_path):
     apply_fork(name, tmp_path / "copy")
-    rows = run(tmp_path / "copy", "run")
+    more = []
+    if name == "one_step_ahead":  # it needs a server, or this
+        (tmp_path / "copy/own_weights.py").write_text(OWN_WEIGHTS)
+        more = [CORRECTED]
+    rows = run(tmp_path / "copy", "run", *more,
+               script="own_weights.py" if more else "train_dapo.py")
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["actor/grad_norm"] > 0
     assert all(math.isfinite(row[LOGGED[name]]) for row in rows[1:])
 
