@@ -90,9 +90,10 @@ def make_blocks(lengths: tuple[int, ...], device: torch.device) -> list[Block]:
         size, longest, gather_index, scatter_index = sum(rows), max(rows), None, None
         if size < len(rows) * longest:
             gather_index = pad_sequence(torch.arange(size).split(rows), batch_first=True).flatten()
-            real = torch.arange(longest) < torch.tensor(rows)[:, None]  # (rows, longest)
-            gather_index, scatter_index = (index.to(device) for index in (
-                gather_index, real.flatten().nonzero().squeeze(1)))
+            padding = torch.tensor([longest - row for row in rows[:-1]]).cumsum(0)  # before a row
+            before = torch.cat([padding.new_zeros(1), padding])
+            scatter_index = torch.arange(size) + before.repeat_interleave(torch.tensor(rows))
+            gather_index, scatter_index = gather_index.to(device), scatter_index.to(device)
         blocks.append(Block(size, longest, gather_index, scatter_index))
         rows = []
     return blocks

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from conftest import TINY, read_rows
 
@@ -53,6 +54,8 @@ def fork(request, tmp_path, monkeypatch):
             del sys.modules[name]
     monkeypatch.syspath_prepend(copy)
     monkeypatch.chdir(copy)
+    for attentions in (AttentionInterface, AttentionMaskInterface):  # the copy puts its own there
+        monkeypatch.setattr(attentions, "_global_mapping", dict(attentions._global_mapping))
     yield copy
     for name in list(sys.modules):
         if name.split(".")[0] in names:
