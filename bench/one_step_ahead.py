@@ -115,8 +115,9 @@ def run(code: Path, run_dir: Path, rate: float, overrides: list[str]) -> list[di
         options = ["rollout.mode=server", f"rollout.server_urls={url}", f"run_dir={run_dir}"]
         del environment["PYTHONPATH"]
         with open(run_dir.with_suffix(".log"), "w") as log:
-            trainer = start(cores[0], ["train_dapo.py", "--config", "config.yaml", *options,
-                                       *overrides], cwd=code, env=environment, stderr=log)
+            trainer = start(cores[0], [str(code / "train_dapo.py"), "--config",
+                                       str(code / "config.yaml"), *options, *overrides],
+                            cwd=ROOT, env=environment, stderr=log)
             trainer.communicate()
         if trainer.returncode:
             raise SystemExit(run_dir.with_suffix(".log").read_text()[-2000:])
