@@ -172,7 +172,8 @@ def train_all(rows: list[Row], args: argparse.Namespace) -> None:
         print(f"logs: {args.out}/*/seed_*.log", file=sys.stderr)
     total, errors = len(rows) * len(args.seeds), []
     pool = ThreadPoolExecutor(args.jobs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
     with tqdm(total=total, initial=total - len(missing), desc="runs") as bar:
         futures = [pool.submit(train, row, seed, code[row], args) for row, seed in missing]
         try:
