@@ -8,7 +8,7 @@ cores. OpenMP reads it when it is loaded, so this package must be imported befor
 import gc
 import os
 
-GC_THRESHOLD = gc.get_threshold()  # that of `setup`; to look for garbage takes a sixth of the
-gc.set_threshold(100_000)          # imports' time
+GC_THRESHOLD = gc.get_threshold()
+gc.set_threshold(100_000)  # collecting takes a sixth of the imports' time; `setup` puts it back
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

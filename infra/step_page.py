@@ -44,7 +44,7 @@ def read_groups(run_dir: Path, step: int) -> list[dict]:
     if not files[0].exists():
         steps = sorted(int(path.stem[5:]) for path in files[0].parent.glob("step_*.jsonl"))
         raise ValueError(f"{files[0]}: no such file: " + (
-            f"steps {', '.join(map(str, steps))} are there" if steps else
+            f"the saved steps are {', '.join(map(str, steps))}" if steps else
             "this run has saved no responses (save_rollouts=0)"))
     groups = {}
     for file in filter(Path.exists, files):

@@ -215,7 +215,7 @@ def test_a_run_of_an_older_version_shows_its_texts(make_page):
 def test_what_cannot_be_shown_is_one_line(make_page, tmp_path):
     page = make_page([make_record()])
     for step, records, message in (
-            (4, [], r"step_00004.jsonl: no such file: steps 3 are there"),
+            (4, [], r"step_00004.jsonl: no such file: the saved steps are 3"),
             (3, ["{}"], r"step_00003.jsonl:1: not a response as a run saves it \(KeyError"),
             (3, [make_record(), "[]"], r"step_00003.jsonl:2: a JSON object"),
             (3, [make_record(score="1")], r"step_00003.jsonl:1: not a response")):
