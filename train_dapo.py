@@ -34,7 +34,8 @@ from infra.data import Data
 from infra.distributed import in_order, is_sharded, owner_of, stop_on_signal
 from infra.exchange import send_to_trainers
 from infra.experts import record_routing, router_aux_loss
-from infra.logprobs import check_logprob_mismatch, compute_logprobs, response_logprobs
+from infra.logprobs import (check_logprob_mismatch, compute_logprobs, old_logprobs_are_rollouts,
+                            response_logprobs)
 from infra.metrics import (StatTotals, Timer, actor_metrics, log_step, print_report, progress_text,
                            rollout_metrics)
 from infra.packing import packing_kind
@@ -55,7 +56,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
     config, counters, rollout = state.config, progress.counters, state.config.rollout
     size = config.data.train_batch_size
     max_gen_batches = config.filter_groups.max_num_gen_batches or math.inf
-    uses_logprobs = rollout.correction != "off" or config.actor.old_logprobs == "rollout"
+    uses_logprobs = rollout.correction != "off" or old_logprobs_are_rollouts(state)
     params = SamplingParams(rollout.n, config.data.max_response_length, rollout.temperature,
                             rollout.top_p, 1.0 if uses_logprobs else 1 / 16)  # for metrics
     steps = tqdm(range(counters["step"] + 1, config.total_training_steps + 1), "DAPO",
@@ -97,10 +98,9 @@ def train(state: TrainState, data: Data, progress: Progress) -> bool:
                 samples = add_logprobs(state, samples, batches)
             with timer("update"):
                 lr = set_learning_rate(state, step)
-                for number, indices in enumerate(batches):          # 10: mini-batches
-                    on_policy = number == 0 and config.actor.old_logprobs == "recompute"
+                for indices in batches:                             # 10: mini-batches
                     mini_batch = [samples[i] for i in indices]
-                    update_policy(state, mini_batch, on_policy, totals)  # 11: equation 8
+                    update_policy(state, mini_batch, totals)        # 11: equation 8
                 metrics = actor_metrics(state.accelerator, totals, lr)
             with timer("sync"):
                 sync_weights(state)
@@ -168,12 +168,12 @@ def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> lis
     """Send each sample to the ranks that train it, with old and reference log-probs if needed.
 
     The first mini-batch is trained by the very policy that generated it: its old log-probs are its
-    log-probs, and need no pass of their own unless it is trained again in a later epoch. A sample's
-    log-probs come from the rank that trains it in the first epoch.
+    log-probs, and it gets none unless it is trained again in a later epoch. A sample's log-probs
+    come from the rank that trains it in the first epoch.
     """
     config, epochs = state.config, state.config.actor.ppo_epochs
     samples = send_to_trainers(state, samples, batches[:len(batches) // epochs])
-    if config.actor.old_logprobs == "rollout":
+    if old_logprobs_are_rollouts(state):
         samples = [replace(sample, old_logprobs=sample.rollout_logprobs) for sample in samples]
     else:
         first = set(batches[0].tolist()) if epochs == 1 else set()
@@ -189,8 +189,7 @@ def add_logprobs(state: TrainState, samples: list[Sample], batches: list) -> lis
     return send_to_trainers(state, samples, batches, names) if epochs > 1 else samples
 
 
-def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
-                  totals: StatTotals) -> None:
+def update_policy(state: TrainState, mini_batch: list[Sample], totals: StatTotals) -> None:
     """One optimizer step on a mini-batch; none if no sample is in the loss. Adds the loss's
     statistics and the gradient norm to `totals`.
 
@@ -213,8 +212,7 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
         sync = indices is micros[-1] or is_sharded(accelerator)
         with nullcontext() if sync else accelerator.no_sync(state.policy):
             with accelerator.autocast():
-                loss, stats = compute_loss(config, state.policy, batch, on_policy, num_tokens,
-                                           num_seqs)
+                loss, stats = compute_loss(config, state.policy, batch, num_tokens, num_seqs)
             accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP average over them
         totals.add(stats, batch["mask"], [mini_batch[i] for i in indices])
     norm = accelerator.clip_grad_norm_(state.policy.parameters(), config.actor.grad_clip)
@@ -229,17 +227,17 @@ def update_policy(state: TrainState, mini_batch: list[Sample], on_policy: bool,
     totals.grad_norms += [norm] * finite
 
 
-def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, on_policy: bool,
-                 num_tokens: int, num_seqs: int) -> tuple[Tensor, dict[str, Stat]]:
+def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, num_tokens: int,
+                 num_seqs: int) -> tuple[Tensor, dict[str, Stat]]:
     """A micro-batch's part of the loss (equation 8, negated, and optional terms) and statistics.
 
-    `on_policy`: no optimizer step since the rollout, so the old log-probs are the current ones.
-    `num_tokens`, `num_seqs`: those in the loss, in the whole mini-batch over all ranks.
+    A batch without old log-probs is trained by the policy that generated it: they are the current
+    ones. `num_tokens`, `num_seqs`: those in the loss, in the whole mini-batch over all ranks.
     """
     actor, rollout, mask = config.actor, config.rollout, batch["mask"]
     with record_routing(policy, enabled=actor.router_aux_loss_coef > 0) as routing:
         logprobs, entropy = response_logprobs(policy, batch, rollout.temperature)  # (B, T) each
-    old = logprobs.detach() if on_policy else batch["old_logprobs"]
+    old = batch.get("old_logprobs", logprobs.detach())
     rollout_logprobs, weights = batch["rollout_logprobs"], None
     if rollout.correction != "off":
         weights = importance_weights(old, rollout_logprobs, mask, rollout.correction,

@@ -54,7 +54,7 @@ def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[fl
     samples = [Sample(rng.integers(1, 28, P).tolist(), rng.integers(1, 28, T).astype(np.int32),
                       float(rng.normal()), rollout_logprobs=torch.zeros(T))
                for _ in range(state.config.actor.ppo_mini_batch_size)]
-    update_policy(state, samples, True, StatTotals())  # makes the moments
+    update_policy(state, samples, StatTotals())  # makes the moments
 
     def peak(function) -> tuple[float, float]:
         held = [*policy.parameters(), *(value for of_p in state.optimizer.optimizer.state.values()
@@ -68,7 +68,7 @@ def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[fl
     prompts = [sample.prompt_ids for sample in samples[:2]]
     measured = {"generate": peak(lambda: state.engine.generate(prompts, [(0,), (1,)],
                                                                SamplingParams(n, T))),
-                "update": peak(lambda: update_policy(state, samples, True, StatTotals()))}
+                "update": peak(lambda: update_policy(state, samples, StatTotals()))}
     return {phase: (sum(estimate[phase].values()), *measured[phase]) for phase in measured}
 
 

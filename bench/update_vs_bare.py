@@ -75,9 +75,8 @@ def ours(state, samples) -> float:
     actor, totals = state.config.actor, StatTotals()
     finish()
     start = time.perf_counter()
-    for number, indices in enumerate(mini_batches(len(samples), actor.ppo_mini_batch_size, 1, 0,
-                                                  1)):
-        update_policy(state, [samples[i] for i in indices], number == 0, totals)
+    for indices in mini_batches(len(samples), actor.ppo_mini_batch_size, 1, 0, 1):
+        update_policy(state, [samples[i] for i in indices], totals)
     actor_metrics(state.accelerator, totals, 0.0)
     finish()
     return sum(map(len, samples)) / (time.perf_counter() - start)

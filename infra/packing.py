@@ -27,14 +27,14 @@ PACKED_ATTENTION = "packed_attention"  # its name among those of transformers
 SHORTEST = 0.75  # the shortest sequence of a block, as a part of its longest
 
 
-class Block(NamedTuple):
-    """Neighbouring sequences of a packed row, `size` tokens in all, the longest with `longest`.
+class Blocks(NamedTuple):
+    """Neighbouring sequences of a packed row, padded to the longest of their block.
 
-    `gather_index` (rows * longest,) makes rows of equal length of them (padded with any token),
-    `scatter_index` (size,) finds their tokens among those. None if all have the same length.
+    `shapes`: rows and length of each block. `gather_index` (sum of rows * length,) makes them of
+    the packed row, padded with any token; `scatter_index` (N,) finds its tokens among theirs. None
+    if nothing needs padding.
     """
-    size: int
-    longest: int
+    shapes: list[tuple[int, int]]
     gather_index: Tensor | None
     scatter_index: Tensor | None
 
@@ -80,23 +80,22 @@ def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def make_blocks(lengths: tuple[int, ...], device: torch.device) -> list[Block]:
+def make_blocks(lengths: tuple[int, ...], device: torch.device) -> Blocks:
     """The blocks of a packed row: fewest if the sequences are sorted by length."""
-    rows, blocks = [], []
-    for length, following in zip(lengths, [*lengths[1:], 0], strict=True):
-        rows.append(length)
-        if following >= SHORTEST * rows[0]:
-            continue
-        size, longest, gather_index, scatter_index = sum(rows), max(rows), None, None
-        if size < len(rows) * longest:
-            gather_index = pad_sequence(torch.arange(size).split(rows), batch_first=True).flatten()
-            padding = torch.tensor([longest - row for row in rows[:-1]]).cumsum(0)  # before a row
-            before = torch.cat([padding.new_zeros(1), padding])
-            scatter_index = torch.arange(size) + before.repeat_interleave(torch.tensor(rows))
-            gather_index, scatter_index = gather_index.to(device), scatter_index.to(device)
-        blocks.append(Block(size, longest, gather_index, scatter_index))
-        rows = []
-    return blocks
+    rows, shapes, gather = [], [], []
+    sequences = torch.arange(sum(lengths)).split(lengths)
+    for positions, following in zip(sequences, [*lengths[1:], 0], strict=True):
+        rows.append(positions)
+        if following < SHORTEST * len(rows[0]):
+            padded = pad_sequence(rows, batch_first=True, padding_value=-1)
+            shapes.append(tuple(padded.shape))
+            gather.append(padded.flatten())
+            rows = []
+    gather = torch.cat(gather)
+    if len(gather) == sum(lengths):
+        return Blocks(shapes, None, None)
+    scatter = (gather >= 0).nonzero().squeeze(1)
+    return Blocks(shapes, gather.clamp(min=0).to(device), scatter.to(device))
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
@@ -124,17 +123,17 @@ def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple
                **kwargs) -> Tensor:
     """The same by sdpa, block by block."""
     blocks, outputs = make_blocks(lengths, query.device), []
-    sizes = [block.size for block in blocks]
-    split = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]  # (size, heads, d)
-    for block, rows in zip(blocks, zip(*split, strict=True), strict=True):
-        if block.gather_index is not None:
-            rows = (x.index_select(0, block.gather_index) for x in rows)
-        rows = (x.unflatten(0, (-1, block.longest)).transpose(1, 2) for x in rows)
-        output = sdpa_attention_forward(module, *rows, None, **kwargs)[0].flatten(0, 1)
-        if block.scatter_index is not None:
-            output = output.index_select(0, block.scatter_index)
-        outputs.append(output)
-    return torch.cat(outputs)[None]
+    inputs = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
+    if blocks.gather_index is not None:
+        inputs = [x.index_select(0, blocks.gather_index) for x in inputs]
+    sizes = [rows * length for rows, length in blocks.shapes]
+    for shape, *qkv in zip(blocks.shapes, *(x.split(sizes) for x in inputs), strict=True):
+        qkv = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
+        outputs.append(sdpa_attention_forward(module, *qkv, None, **kwargs)[0].flatten(0, 1))
+    output = torch.cat(outputs)
+    if blocks.scatter_index is not None:
+        output = output.index_select(0, blocks.scatter_index)
+    return output[None]
 
 
 @lru_cache

@@ -42,7 +42,7 @@ def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
         for rank in range(world):
             for indices in micro_batches(samples, max_tokens, rank, world, packed=True):
                 loss, _ = compute_loss(state.config, state.policy,
-                                       make_batch(state, samples, indices), False, 65, 4)
+                                       make_batch(state, samples, indices), 65, 4)
                 loss.backward()
         gradients[world] = torch.cat([p.grad.flatten() for p in state.policy.parameters()])
     assert gradients[1].norm() > 0.01

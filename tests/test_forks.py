@@ -164,7 +164,7 @@ def gradient(monkeypatch, logprobs, entropy=None, overrides=(), **batch):
     config = import_module("infra.config").load_config("config.yaml", list(overrides))
     num_tokens = batch.pop("num_tokens", int(batch["mask"].sum()))
     num_seqs = int(batch["mask"].any(dim=1).sum())
-    loss, stats = train_dapo.compute_loss(config, None, batch, False, num_tokens, num_seqs)
+    loss, stats = train_dapo.compute_loss(config, None, batch, num_tokens, num_seqs)
     loss.backward()
     return logprobs.grad * num_tokens, stats
 
@@ -240,7 +240,7 @@ def update_gradient(make_state, max_tokens: int) -> tuple[list, dict]:
                                        rollout_logprobs=zeros, old_logprobs=zeros - 2))
     totals, grads = metrics.StatTotals(), []
     state.optimizer.step = lambda: grads.extend(p.grad.clone() for p in state.policy.parameters())
-    train_dapo.update_policy(state, samples, False, totals)
+    train_dapo.update_policy(state, samples, totals)
     return grads, totals.reduce(state.accelerator)
 
 

@@ -31,13 +31,12 @@ def make_llama(attention: str = "sdpa"):
 
 def test_blocks_by_hand():
     # 3 is three quarters of 4; 2 is less; 1 is less than three quarters of 2
-    first, second, third = make_blocks((4, 3, 3, 2, 2, 1), torch.device("cpu"))
-    assert (first.size, first.longest) == (10, 4)
+    shapes, gather, scatter = make_blocks((4, 3, 3, 2, 2, 1), torch.device("cpu"))
+    assert shapes == [(3, 4), (2, 2), (1, 1)]
     # whatever a padding is, nothing looks at it
-    assert first.gather_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9, 0]
-    assert first.scatter_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
-    assert second == (4, 2, None, None)
-    assert (third.size, third.longest) == (1, 1)
+    assert gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9, 0, 10, 11, 12, 13, 14]
+    assert scatter.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 16]
+    assert make_blocks((2, 2, 1), torch.device("cpu")) == ([(2, 2), (1, 1)], None, None)
 
 
 def test_sequences_of_any_order_attend_as_if_alone():

@@ -4,6 +4,7 @@ run has the same scale, and half precision computes what float32 does."""
 import functools
 import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes
     state, prompts = make_state(FP16)
     mini_batch, totals = make_mini_batch(state, prompts), StatTotals()
     before, scaler = weights_of(state), state.accelerator.scaler
-    update_policy(state, mini_batch, False, totals)
+    update_policy(state, mini_batch, totals)
     assert same_weights(state, before) and not state.optimizer.state
     assert (totals.skipped_updates, totals.grad_norms, scaler.get_scale()) == (1, [], 2.0**39)
     metrics = actor_metrics(state.accelerator, totals, 0.0)
@@ -41,7 +42,7 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes
     assert "1 process on cpu, passes in float16\n" in (printed := capsys.readouterr().out)
     assert "none was applied; scale of the loss: 5.49756e+11" in printed
     while not totals.grad_norms:
-        update_policy(state, mini_batch, False, totals)
+        update_policy(state, mini_batch, totals)
     assert not same_weights(state, before)
     assert totals.skipped_updates == 40 - math.log2(scaler.get_scale()) < 40
     loss = metrics["actor/loss"]  # the mean of equal losses
@@ -56,7 +57,7 @@ def test_gradients_that_no_scale_makes_finite_end_the_run_in_one_line(make_state
     before = weights_of(state)
     with pytest.raises(ValueError, match="gradient norm (inf|nan); not applied"):
         for _ in range(100):
-            update_policy(state, mini_batch, False, totals)
+            update_policy(state, mini_batch, totals)
     assert totals.skipped_updates == 16 and not totals.grad_norms  # 65536 is halved down to 1
     assert same_weights(state, before)
 
@@ -97,10 +98,11 @@ def test_log_probs_and_gradients_in_half_precision_are_those_of_float32_up_to_ro
         reset_accelerate()
         state, prompts = make_state(f"mixed_precision={precision}", "actor.grad_clip=1000000")
         if precision == "no":
-            mini_batch = make_mini_batch(state, prompts)
+            mini_batch = [replace(sample, old_logprobs=None)  # on-policy: no ratio near a bound
+                          for sample in make_mini_batch(state, prompts)]
         logprobs = torch.cat(compute_logprobs(state, state.policy, mini_batch))
         state.optimizer.zero_grad = lambda: None
-        update_policy(state, mini_batch, True, StatTotals())  # on-policy: no ratio near a bound
+        update_policy(state, mini_batch, StatTotals())
         results[precision] = logprobs, torch.cat([p.grad.flatten()
                                                   for p in state.policy.parameters()])
     expected = results.pop("no")

@@ -63,7 +63,7 @@ def gradient(state, mini_batch) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of `update_policy`, and its metrics; `actor.grad_clip` does not reach it."""
     state.config.actor.grad_clip, totals = math.inf, StatTotals()
     state = replace(state, optimizer=SavedGradients(state.policy))
-    update_policy(state, mini_batch, False, totals)
+    update_policy(state, mini_batch, totals)
     return state.optimizer.gradient, actor_metrics(state.accelerator, totals, 0.0)
 
 
@@ -329,14 +329,13 @@ def test_old_logprobs_are_of_the_policy_before_the_step_for_every_later_mini_bat
     by_length = {len(logprobs): logprobs for logprobs in before}
     seen = []
 
-    def spy(state, mini_batch, on_policy, totals):
-        seen.append((mini_batch, on_policy))
-        update_policy(state, mini_batch, on_policy, totals)
+    def spy(state, mini_batch, totals):
+        seen.append(mini_batch)
+        update_policy(state, mini_batch, totals)
     monkeypatch.setattr(train_dapo, "update_policy", spy)
     train_on(state, prompts, samples)
-    assert [len(mini_batch) for mini_batch, _ in seen] == [4, 3, 3] * 2
-    assert [on_policy for _, on_policy in seen] == [True] + [False] * 5
-    for mini_batch, _ in seen[1:]:
+    assert [len(mini_batch) for mini_batch in seen] == [4, 3, 3] * 2
+    for mini_batch in seen:
         for sample in mini_batch:
             old = by_length[len(sample.response_ids)]
             assert torch.allclose(sample.old_logprobs, old, atol=1e-5)
@@ -463,7 +462,7 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(make_state):
             seen.append(name)
             return function(*args, **(kwargs or {}))
     with Watch():
-        loss, stats = compute_loss(state.config, state.policy, batch, False, 100, 4)
+        loss, stats = compute_loss(state.config, state.policy, batch, 100, 4)
         loss.backward()
         totals.add(stats, batch["mask"])
         totals.add(stats, batch["mask"])

@@ -194,7 +194,7 @@ def overflow() -> None:
     for _ in range(3):
         before = policy_weights(state)
         scales.append(accelerator.scaler.get_scale())
-        train_dapo.update_policy(state, samples, True, totals)
+        train_dapo.update_policy(state, samples, totals)
         skipped.append(int(np.array_equal(before, policy_weights(state))))
     assert totals.skipped_updates == sum(skipped)
     print(f"skipped {skipped} scales {scales}", flush=True)
