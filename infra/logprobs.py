@@ -193,12 +193,12 @@ def _logprobs_and_entropy(logits: Tensor, tokens: Tensor,
 # ---- do sampler and trainer agree? ---------------------------------------------------------------
 
 def old_logprobs_are_rollouts(state: TrainState) -> bool:
-    """Whether the sampler's log-probs are the old ones, by `actor.old_logprobs`. By default they
-    are if the sampler is the trainer's own model, in float32: a pass would compute them again."""
+    """Whether the sampler's log-probs are the old ones. `actor.old_logprobs=auto`: if it is the
+    trainer's own model in float32, so that a pass would only compute them again."""
     rollout, chosen = state.config.rollout, state.config.actor.old_logprobs
-    exact = not state.engine.has_own_weights and compute_dtype(state.config) == "float32"
-    return chosen == "rollout" or (chosen == "auto" and exact and rollout.top_p == 1
-                                   and rollout.correction == "off")
+    same = (not state.engine.has_own_weights and compute_dtype(state.config) == "float32"
+            and rollout.top_p == 1 and rollout.correction == "off")
+    return same if chosen == "auto" else chosen == "rollout"
 
 
 def logprob_tolerance(config) -> float:

@@ -11,7 +11,6 @@ trained on padded rows, and so is a model whose log-probs on packed rows are not
 from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +24,6 @@ from infra.precision import round_like_autocast
 
 PACKED_ATTENTION = "packed_attention"  # its name among those of transformers
 SHORTEST = 0.75  # the shortest sequence of a block, as a part of its longest
-
-
-class Blocks(NamedTuple):
-    """Neighbouring sequences of a packed row, padded to the longest of their block.
-
-    `shapes`: rows and length of each block. `gather_index` (sum of rows * length,) makes them of
-    the packed row, padded with any token; `scatter_index` (N,) finds its tokens among theirs. None
-    if nothing needs padding.
-    """
-    shapes: list[tuple[int, int]]
-    gather_index: Tensor | None
-    scatter_index: Tensor | None
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -80,8 +67,12 @@ def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def make_blocks(lengths: tuple[int, ...], device: torch.device) -> Blocks:
-    """The blocks of a packed row: fewest if the sequences are sorted by length."""
+def make_blocks(lengths: tuple[int, ...], device: torch.device) -> tuple:
+    """Blocks of sequences of a packed row, neighbours, padded to their longest; fewest if sorted.
+
+    Returns rows and length of each block; which token of the row (N tokens) each of theirs is, any
+    if padding; and where among theirs each of the row is (N,). None twice if nothing is padded.
+    """
     rows, shapes, gather = [], [], []
     sequences = torch.arange(sum(lengths)).split(lengths)
     for positions, following in zip(sequences, [*lengths[1:], 0], strict=True):
@@ -93,9 +84,9 @@ def make_blocks(lengths: tuple[int, ...], device: torch.device) -> Blocks:
             rows = []
     gather = torch.cat(gather)
     if len(gather) == sum(lengths):
-        return Blocks(shapes, None, None)
-    scatter = (gather >= 0).nonzero().squeeze(1)
-    return Blocks(shapes, gather.clamp(min=0).to(device), scatter.to(device))
+        return shapes, None, None
+    scatter = gather.argsort()[-sum(lengths):]  # the padding, -1, comes first
+    return shapes, gather.clamp(min=0).to(device), scatter.to(device)
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
@@ -122,18 +113,16 @@ def varlen_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tupl
 def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...],
                **kwargs) -> Tensor:
     """The same by sdpa, block by block."""
-    blocks, outputs = make_blocks(lengths, query.device), []
-    inputs = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
-    if blocks.gather_index is not None:
-        inputs = [x.index_select(0, blocks.gather_index) for x in inputs]
-    sizes = [rows * length for rows, length in blocks.shapes]
-    for shape, *qkv in zip(blocks.shapes, *(x.split(sizes) for x in inputs), strict=True):
+    shapes, gather_index, scatter_index = make_blocks(lengths, query.device)
+    inputs, outputs = [x[0].transpose(0, 1) for x in (query, key, value)], []  # (N, heads, d)
+    if gather_index is not None:
+        inputs = [x.index_select(0, gather_index) for x in inputs]
+    blocks = [x.split([rows * length for rows, length in shapes]) for x in inputs]
+    for shape, *qkv in zip(shapes, *blocks, strict=True):
         qkv = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
         outputs.append(sdpa_attention_forward(module, *qkv, None, **kwargs)[0].flatten(0, 1))
     output = torch.cat(outputs)
-    if blocks.scatter_index is not None:
-        output = output.index_select(0, blocks.scatter_index)
-    return output[None]
+    return (output if scatter_index is None else output.index_select(0, scatter_index))[None]
 
 
 @lru_cache

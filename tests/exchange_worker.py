@@ -59,7 +59,7 @@ def make_state(accelerator: Accelerator, per_engine: int = 1, **actor) -> Simple
         overlong_buffer=SimpleNamespace(enable=False))
     policy = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"))
     return SimpleNamespace(accelerator=accelerator, config=config, policy=policy, scorer=score,
-                           engine=SimpleNamespace(generate=generate),
+                           engine=SimpleNamespace(generate=generate, has_own_weights=True),
                            tokenizer=SimpleNamespace(pad_token_id=0))
 
 

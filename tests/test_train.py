@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_group, make_response, make_score, read_rollouts, read_rows
+from conftest import (make_group, make_response, make_score, read_rollouts, read_rows,
+                      reset_accelerate)
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -310,6 +312,7 @@ def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_state, train
     """One mini-batch, however it is split: ratio 1 and nothing clipped, exactly, and no forward
     pass for old log-probs."""
     state, prompts = make_state(*UNFILTERED, "actor.ppo_mini_batch_size=16",
+                                "actor.old_logprobs=recompute",
                                 "actor.max_tokens_per_micro_batch=300")
     samples = [replace(sample, old_logprobs=None) for sample in make_mini_batch(state, prompts)]
     passes = training_passes(state)
@@ -323,8 +326,9 @@ def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_state, train
 def test_old_logprobs_are_of_the_policy_before_the_step_for_every_later_mini_batch(
         make_state, train_on, monkeypatch):
     state, prompts = make_state(*UNFILTERED, "actor.ppo_mini_batch_size=4", "actor.lr=1e-2",
-                                "actor.ppo_epochs=2")
-    samples = [replace(sample, old_logprobs=None) for sample in make_mini_batch(state, prompts)]
+                                "actor.ppo_epochs=2", "actor.old_logprobs=recompute")
+    samples = [replace(sample, old_logprobs=None, rollout_logprobs=-torch.ones_like(
+        sample.rollout_logprobs)) for sample in make_mini_batch(state, prompts)]
     before = compute_logprobs(state, state.policy, samples)
     by_length = {len(logprobs): logprobs for logprobs in before}
     seen = []
@@ -349,6 +353,35 @@ def test_with_the_samplers_logprobs_as_the_old_ones_there_is_no_pass_for_them(ma
     assert passes == [True, True]  # two mini-batches
     assert metrics["actor/mismatch_abs"] == metrics["actor/mismatch_kl"] == 0
     assert metrics["actor/ratio"] != 1
+
+
+@pytest.mark.parametrize("override, own_weights, recomputed", [
+    ("val.n=1", False, False), ("val.n=1", True, True), ("mixed_precision=bf16", False, True),
+    ("rollout.top_p=0.9", False, True), ("rollout.correction=token", False, True)])
+def test_by_default_old_logprobs_are_recomputed_unless_the_sampler_is_the_trainers_own_model(
+        make_state, train_on, override, own_weights, recomputed):
+    state, prompts = make_state(*UNFILTERED, override)
+    engine = replace(state.engine, sync=lambda weights: None, has_own_weights=own_weights)
+    state, samples = replace(state, engine=engine), make_mini_batch(state, prompts)
+    passes = training_passes(state)
+    train_on(state, prompts, [replace(sample, old_logprobs=None) for sample in samples])
+    assert passes == [False] * recomputed + [True, True]
+
+
+def test_the_samplers_logprobs_train_the_same_policy_as_recomputed_ones(start):
+    rows, weights = [], []
+    for chosen in ("auto", "recompute"):
+        reset_accelerate()
+        run_dir = start(f"actor.old_logprobs={chosen}", "val.file=", "total_training_steps=2",
+                        "actor.lr=0.002", "actor.lr_warmup_steps=0")
+        rows.append(read_rows(run_dir)[-1])
+        weights.append(load_file(run_dir / "model/model.safetensors"))
+        run_dir.rename(run_dir.with_name(chosen))
+    for name in ("ratio", "approx_kl", "clip_frac_high", "loss", "grad_norm"):
+        values = [row[f"actor/{name}"] for row in rows]
+        assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0] not in (0, 1), name
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() < 1e-4, name
 
 
 @pytest.mark.parametrize("correction, cap, factor", [
@@ -390,7 +423,8 @@ def test_mismatch_metrics_are_those_of_the_responses_whose_logprobs_were_asked_f
 
 
 @pytest.mark.parametrize("override, share", [
-    ("rollout.correction=off", 1 / 16), ("rollout.correction=token", 1),
+    ("actor.old_logprobs=recompute", 1 / 16), ("actor.old_logprobs=auto", 1),
+    ("rollout.correction=token", 1),
     ("rollout.correction=sequence", 1), ("actor.old_logprobs=rollout", 1)])
 def test_all_logprobs_are_asked_for_only_if_the_loss_uses_them(make_state, train_steps, override,
                                                                share):
