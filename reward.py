@@ -89,6 +89,7 @@ def extract_answer(response: str) -> str:
     return answers[-1] if answers else ""
 
 
+@lru_cache(maxsize=4096)
 def normalize_answer(text: str) -> str:
     """An answer in the published rule's normal form; "" for more than 300 characters."""
     if len(text) > ANSWER_WINDOW:

@@ -196,25 +196,25 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     tokens = torch.zeros(size, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_tokens, device=device)
     num_tokens = torch.zeros(size, dtype=torch.long, device=device)
-    stopped = torch.zeros(size, dtype=torch.bool, device=device)
+    stopped = torch.ones(size, dtype=torch.bool, device=device)
     rows = torch.arange(size, device=device)  # the response of each row of the running batch
+    running = stopped.clone()  # the rows that have not ended
     for t in range(max_tokens):
-        token, logprob = sample_tokens(logits, uniforms[rows, t], params.temperature, params.top_p)
-        running = ~stopped[rows]
-        unfinished = rows[running]
-        tokens[unfinished, t], logprobs[unfinished, t] = token[running], logprob[running]
-        num_tokens[unfinished] += 1
-        stopped[unfinished] = torch.isin(token[running], stop_ids)
-        keep = ~stopped[rows]
-        remaining = int(keep.sum())
+        token, logprob = sample_tokens(logits, uniforms[:, t], params.temperature, params.top_p)
+        tokens[rows, t], logprobs[rows, t] = token, logprob
+        num_tokens[rows] += running
+        running = running & ~torch.isin(token, stop_ids)
+        remaining = int(running.sum())
         if not remaining or t == max_tokens - 1:
             break
-        if remaining < 0.9 * len(rows):  # finished rows leave, several at once: the cache is copied
-            rows, token = rows[keep], token[keep]
-            cache.reorder_cache(keep.nonzero().squeeze(1))
-        logits = model(input_ids=token[:, None], position_ids=(lengths[rows] + t)[:, None],
-                       attention_mask=None if is_mamba else mask[rows, :ids.shape[1] + t + 1],
+        if remaining < 0.9 * len(rows):  # ended rows leave, several at once: the cache is copied
+            cache.reorder_cache(running.nonzero().squeeze(1))
+            rows, token, uniforms, lengths, mask, running = (
+                x[running] for x in (rows, token, uniforms, lengths, mask, running))
+        logits = model(input_ids=token[:, None], position_ids=(lengths + t)[:, None],
+                       attention_mask=None if is_mamba else mask[:, :ids.shape[1] + t + 1],
                        **caching).logits[:, -1]
+    stopped[rows] = ~running
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
     return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
             in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]

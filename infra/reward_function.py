@@ -15,12 +15,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from reward import Score, Task, score_math, score_math_strict_box, score_math_verify
 
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}
+signature_of = lru_cache(inspect.signature)
 
 
 def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callable:
@@ -53,7 +55,7 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
 
 def is_group_reward(function: Callable) -> bool:
     """Whether a reward function scores all responses of a prompt in one call."""
-    return next(iter(inspect.signature(function).parameters), "") == "responses"
+    return next(iter(signature_of(function).parameters), "") == "responses"
 
 
 def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0) -> dict:
@@ -61,7 +63,7 @@ def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0
 
     Raises ValueError if it cannot be called so, above all if it names a column that `row` lacks.
     """
-    signature = inspect.signature(function)
+    signature = signature_of(function)
     names = list(signature.parameters)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     arguments = {name: value for name, value in row.items()
