@@ -40,10 +40,17 @@ batching instead, which on a CPU is slower.
 
 On a GPU, `--shape 0.5B` (or 1.5B; shapes of vllm_gpu.py) does the first part with vLLM in both
 training processes instead, asleep during the update: random weights, whose responses nearly all
-have 1024 tokens, bf16 passes over float32 weights. Give TRL `--micro-batch 8` (the logits of 128
-such rows are 80 GB). TRL's correction of the sampler's log-probs is off, as ours is. `pip install
-vllm==0.32.0` in both environments; TRL 1.16 warns that it knows vLLM up to 0.31. TRL's vLLM has no
-settings for CPUs: this mode has not been tried yet.
+have 1024 tokens, bf16 passes over float32 weights, bf16 in vLLM, which writes all 512 at a time,
+with a prefix cache, in half of the GPU's memory. Give `--micro-batch 8` (the activations of 128
+such rows are 180 GB); ours take as many tokens in a pass. TRL's correction of the sampler's
+log-probs is off, as ours is. TRL's own ways: it asks vLLM for the log-probs of all responses, ours
+for one prompt's in 16, and for their text; at most 4096 tokens in a pass of vLLM, ours vLLM's
+default; logits in bf16, ours in float32.
+
+`pip install vllm==0.32.0` in both environments; TRL 1.16 warns that it knows vLLM up to 0.31. Not
+tried on a GPU yet. On a CPU (`--shape tiny`, shorter responses, no sleep) it runs to the end, once
+vLLM is patched not to pack its weights: TRL cannot load new ones into those ("'Parameter' object
+has no attribute 'weight_loader'").
 
 Prints Markdown tables; the last line has the ratios and goals. Exits 1 where one is missed.
 """
@@ -168,7 +175,8 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
     import torch
     from trl import GRPOConfig
     responses, actor = config.data.train_batch_size * config.rollout.n, config.actor
-    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
+    vllm = {"use_vllm": True, "vllm_mode": "colocate",
+            "vllm_enable_sleep_mode": torch.cuda.is_available(),  # vLLM has none on CPUs
             "vllm_gpu_memory_utilization": config.rollout.gpu_memory_utilization,
             "vllm_max_model_length": config.data.max_prompt_length
             + config.data.max_response_length,
@@ -312,7 +320,8 @@ def main() -> None:
             args.parts = ["speed"]
             args.overrides[:0] = [
                 f"model.path={folder}", "mixed_precision=bf16", "data.max_response_length=1024",
-                "overlong_buffer.len=256", "actor.max_tokens_per_micro_batch=16384"]
+                "overlong_buffer.len=256", "rollout.max_num_seqs=512",
+                f"actor.max_tokens_per_micro_batch={args.micro_batch * 1088}"]  # TRL's rows
         compare(args)
 
 

@@ -10,8 +10,9 @@ have `--tokens` tokens. Prompts are random tokens.
 
 asked: tokens per second of each way in turn, as ratios to the first of the same round. On a CPU
     seconds are those of the process's own computing: whatever else runs there does not count.
-throughput: ours as in training (log-probs of one prompt in 16, seeds) beside `vllm bench
-    throughput`, both on as many different prompts as there are responses.
+throughput: ours as in training (log-probs of one prompt in 16, seeds, text, logits in float32)
+    beside `vllm bench throughput`, which ignores the end of a response: it wants a shape. Both on a
+    prompt for each response, all of them computed, and after a round to warm up.
 step: steps of the GSM8K recipe with toy prompts and without the filter, since random weights
     solve nothing. Its responses are shorter than 1024 tokens, as are those of a trained model
     (`--tokens 256`), which makes the share of the sync larger, not smaller.
@@ -20,8 +21,8 @@ Prints a Markdown table; the last line has the goal, if there is one. Exits 1 if
 """
 
 import argparse
-import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from harness import load_config, make_state, setup, sync_weights, train
 from vllm_gpu import PROMPT_TOKENS, make_model
 
 from infra import vllm_engine
+from infra.config import compute_dtype
 from infra.data import Data
 from rollout import SamplingParams
 
@@ -50,8 +52,6 @@ def make_generate(args: argparse.Namespace, folder: str):
         f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={args.tokens}",
         "overlong_buffer.enable=false", *args.overrides)
     torch.manual_seed(1)
-    shape = args.prompts * args.n, PROMPT_TOKENS
-    prompts = torch.randint(1, state.policy.config.vocab_size, shape).tolist()
     request_params = vllm_engine.request_params
     on_cpu = state.accelerator.device.type == "cpu"
     clock = time.process_time if on_cpu and args.part == "asked" else time.perf_counter
@@ -60,13 +60,14 @@ def make_generate(args: argparse.Namespace, folder: str):
         return [request | {"seed": None} for request in request_params(*arguments)]
 
     def generate(share: float, seeded: bool, n: int) -> float:
-        some = prompts[:len(prompts) // n]
-        seeds, params = [(i, 7) for i in range(len(some))], SamplingParams(n, args.tokens,
-                                                                           logprobs=share)
+        count = args.prompts * args.n // n  # new prompts each time: none is in the prefix cache
+        prompts = torch.randint(1, state.policy.config.vocab_size, (count, PROMPT_TOKENS)).tolist()
+        seeds, params = [(i, 7) for i in range(count)], SamplingParams(n, args.tokens,
+                                                                       logprobs=share)
         params_of = request_params if seeded else without_seeds
         with mock.patch.object(vllm_engine, "request_params", params_of):
             start = clock()
-            groups = state.engine.generate(some, seeds, params)
+            groups = state.engine.generate(prompts, seeds, params)
             seconds = clock() - start
         return sum(len(response.token_ids) for group in groups for response in group) / seconds
     return generate
@@ -89,20 +90,27 @@ def asked(args: argparse.Namespace, folder: str) -> None:
 
 def throughput(args: argparse.Namespace, folder: str) -> float:
     """Print ours and vLLM's own tokens per second; returns their ratio."""
-    count, result = args.prompts * args.n, Path(folder) / "throughput.json"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model",
-               folder, "--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS),
+    config, count = load_config("config.yaml", args.overrides), args.prompts * args.n
+    code = ("from vllm.benchmarks import throughput\n"  # its command line wants the package `vllm`
+            "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser\n"
+            "parser = Parser()\nthroughput.add_cli_args(parser)\n"
+            "throughput.main(parser.parse_args())")
+    # Its prompts are made of the tokenizer's few tokens: many would be in a prefix cache.
+    command = [sys.executable, "-c", code, "--model", folder, "--dtype", compute_dtype(config),
+               "--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS),
                "--random-output-len", str(args.tokens), "--num-prompts", str(count),
                "--max-num-seqs", "512", "--max-model-len", str(PROMPT_TOKENS + args.tokens),
-               "--num-warmups", "16", "--disable-detokenize", "--output-json", str(result)]
-    if not torch.cuda.is_available():  # as infra/vllm_engine.py sets it on a CPU
-        command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill",
-                    "--kv-cache-memory-bytes", str(2**29), "--max-num-batched-tokens", "8192"]
+               "--no-enable-prefix-caching", "--num-warmups", str(count), "--disable-detokenize"]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(config.rollout.gpu_memory_utilization)]
+    else:  # as infra/vllm_engine.py sets it on a CPU
+        command += ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes",
+                    str(2**29), "--max-num-batched-tokens", "8192"]
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-3000:]}")
-    theirs = count * args.tokens / json.loads(result.read_text())["elapsed_time"]
+    theirs = float(re.search(r"([\d.]+) output tokens/s", run.stdout)[1])
     generate = make_generate(args, folder)
     ours = [generate(1 / 16, True, 1) for _ in range(args.rounds + 1)][1:]
     ratio = statistics.median(ours) / theirs

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install -r requirements-vllm
 from vllm_fixtures import (
     ALL_LOGPROBS,
     COMMON,
+    ROOT,
     VLLM,
     add_noise,
     assert_each_sync_arrives,
@@ -229,3 +232,13 @@ def test_the_embedded_default_trains_through_vllm(engine, tmp_path):
     assert metrics[0]["val/val/avg@4"] < 0.4 and metrics[-1]["val/val/avg@4"] >= 0.85
     found = [row["actor/mismatch_abs"] for row in metrics[1:] if "actor/mismatch_abs" in row]
     assert found and max(found) < 1e-4  # of two prompts in 32, if one of them is trained
+
+
+@pytest.mark.slow
+def test_the_benchmark_beside_vllms_own_runs_at_its_smallest_size():
+    command = [sys.executable, "bench/vllm_speed.py", "throughput", "--model", "tiny", "--tokens",
+               "8", "--prompts", "2", "--n", "2", "--rounds", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                            check=False)
+    assert "| vllm bench throughput |" in result.stdout and "(goal 0.9)" in result.stdout, (
+        result.stderr[-3000:])
