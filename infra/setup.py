@@ -29,7 +29,7 @@ from infra.data import Data, load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
-from infra.memory import out_of_memory, report_memory
+from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
@@ -96,7 +96,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
                       uses_vllm(config))
     engine = make_engine(config, accelerator, policy, tokenizer)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.actor.lr,
+    optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies
                                   weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)
     # Accelerate's wrapper would copy the model's output to float32.
@@ -122,6 +122,7 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
                          f"pip install {config.log_with}")
     if on_cpu:  # the launcher sets one thread
         torch.set_num_threads(cpus_per_process(accelerator))
+        keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
     if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")

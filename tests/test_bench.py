@@ -23,7 +23,7 @@ TINY = ["data.train_batch_size=4", "rollout.n=4", "actor.ppo_mini_batch_size=8",
 SCRIPTS = {  # its smallest size, and what it prints at the end
     "backends": (["--ways", "transformers", "--steps", "1"], "| transformers |"),
     "compare_trl": (["--one", "ours", "--part", "accuracy", "--max-steps", "5", *TINY[:3],
-                     "val.max_prompts=4"], '"accuracies": {"5":'),
+                     "val.max_prompts=4"], '"accuracies": {"1":'),
     "embedded": ([*TINY, "--here", "--seeds", "0"], "goals: before at most"),
     "equality": ([str(ROOT), str(ROOT), "--steps", "1", *TINY[:3], "val.file="],
                  "the same to the bit"),
