@@ -20,8 +20,8 @@ do the same work.
 
 accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated after each
 rollout step by this repository's `validate`, for both; ours with config.yaml as it is, dynamic
-sampling on. A run of TRL's that does not get there counts with the seconds until it was stopped; one of ours
-makes the goal missed.
+sampling on. A run of TRL's that does not get there counts with the seconds until it was stopped;
+one of ours makes the goal missed.
 
 The same on both sides: model, float32, threads, prompts and their token ids, rewards (`reward.py`),
 32 prompts x 16 responses of up to 96 tokens, temperature 1, four updates of 128 responses, DAPO's
@@ -34,10 +34,10 @@ Not the same, and TRL's own ways: it pads each micro-batch to the longest respon
 (here nearly always the limit, 96 tokens), where ours are sorted by length; `model.generate` goes on
 with all rows until the last has ended; it computes old log-probs with a pass of their own, ours
 are the sampler's, which is the same model; its process has malloc's defaults, ours keeps freed
-memory, as `setup` tells it to; the loss divides by a quarter of the step's tokens rather than by the mini-batch's;
-advantages add 1e-4 to the standard deviation rather than 1e-6; other random numbers, so other
-prompts and responses. With `--continuous-batching` TRL writes with transformers' continuous
-batching instead, which on a CPU is slower.
+memory, as `setup` tells it to; the loss divides by a quarter of the step's tokens rather than by
+the mini-batch's; advantages add 1e-4 to the standard deviation rather than 1e-6; other random
+numbers, so other prompts and responses. With `--continuous-batching` TRL writes with transformers'
+continuous batching instead, which on a CPU is slower.
 
 On a GPU, `--shape 0.5B` (or 1.5B; shapes of vllm_gpu.py) does the first part with vLLM in both
 training processes instead, asleep during the update: random weights, whose responses nearly all
