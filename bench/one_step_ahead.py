@@ -36,6 +36,9 @@ def serve(rate: float) -> None:
     """Answer the trainer's requests; prints the port on which it listens."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
+
+    from infra.memory import keep_freed_memory
+    keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained("toy/base").eval()
     requests, version = queue.Queue(), ["none"]
 
