@@ -163,8 +163,7 @@ def column_error(location: str, row: dict, data: SimpleNamespace, key: str,
                       f" set data.{key}, or fix the row")
 
 
-def tokenize(location: str, task: Task, tokenizer,
-             data: SimpleNamespace) -> tuple[str, list[int]]:
+def tokenize(location: str, task: Task, tokenizer, data: SimpleNamespace) -> tuple[str, list[int]]:
     """The text that the policy reads for a task, and its token ids.
 
     The prompt template applies to a chat's last message. Without a chat template, messages become

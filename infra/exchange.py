@@ -69,8 +69,7 @@ def find_trainers(state: TrainState, samples: list[Sample],
     return trainers
 
 
-def gather_on_main(accelerator: Accelerator,
-                   groups: list[list[Response]]) -> list[list[Response]]:
+def gather_on_main(accelerator: Accelerator, groups: list[list[Response]]) -> list[list[Response]]:
     """The groups of responses; on the main process, all are whole."""
     owners = [owner_of(accelerator, group[0].token_ids) for group in groups]
     own = [group for group, owner in zip(groups, owners, strict=True)

@@ -33,9 +33,8 @@ def keep_freed_memory() -> None:
     """Keep GNU's malloc from returning the memory of freed tensors to the system, which clears it
     for the next ones: 7% of the processor time of a step on a CPU."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "mallopt"):
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**30)
+    for option in (-1, -3) if hasattr(libc, "mallopt") else ():  # those of trim and mmap
+        libc.mallopt(option, 2**30)
 
 
 @contextmanager
@@ -141,8 +140,7 @@ def _symbols(config: SimpleNamespace, policy: torch.nn.Module, ranks: int, shard
         S=heads * (policy.config._attn_implementation == "eager"),
         W=0 if head and not head.weight.requires_grad else 4 if c == 4 else 8 if gpu_memory else 10,
         C=min((4 if gpu_memory else 1) * CHUNK_ELEMENTS, N * V),
-        Z=min(kept_elements(gpu_memory), N * V),
-        B=rollout.n * min(prompts, -(-drawn // ranks)),
+        Z=min(kept_elements(gpu_memory), N * V), B=rollout.n * min(prompts, -(-drawn // ranks)),
         caches=sum(kind in ("full_attention", "sliding_attention") for kind in kinds))
 
 

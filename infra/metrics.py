@@ -66,8 +66,7 @@ class StatTotals:
     Every rank must add the same names in the same order.
     """
 
-    def __init__(self, config: SimpleNamespace | None = None,
-                 groups: Sequence[Group] = ()) -> None:
+    def __init__(self, config: SimpleNamespace | None = None, groups: Sequence[Group] = ()) -> None:
         self.sums, self.counts, self.maxima = {}, {}, {}
         self.grad_norms, self.skipped_updates, self.token_stats = [], 0, {}  # by a sample's key
         num_saved = config.save_rollouts if config and config.save_token_stats else 0
@@ -173,13 +172,11 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
         "reward/score": mean(score.score for score in scores),
         "reward/timeouts": sum(score.status == "timeout" for score in scores),
         "reward/errors": sum(score.status == "error" for score in scores),
-        "groups/kept": len(kept) / len(generated),
-        "groups/trained": len(trained),
+        "groups/kept": len(kept) / len(generated), "groups/trained": len(trained),
         "responses/generated": len(responses),
         "responses/wasted": len(responses) - len(trained_lengths),
         "responses/wasted_tokens": sum(lengths) - sum(trained_lengths),
-        "response_length/mean": mean(lengths),
-        "response_length/max": max(lengths),
+        "response_length/mean": mean(lengths), "response_length/max": max(lengths),
         "response_length/truncated": mean(r.finish_reason == "length" for r in responses),
         "response_length/penalised": mean(length > overlong_start for length in lengths),
     }

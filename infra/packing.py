@@ -68,11 +68,9 @@ def make_cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1)
 def make_blocks(lengths: tuple[int, ...], device: torch.device) -> tuple:
-    """Blocks of sequences of a packed row, neighbours, padded to their longest; fewest if sorted.
-
+    """Blocks of neighbouring sequences of a packed row, padded to their longest; fewest if sorted.
     Returns rows and length of each block; which token of the row (N tokens) each of theirs is, any
-    if padding; and where among theirs each of the row is (N,). None twice if nothing is padded.
-    """
+    if padding; and where among theirs each of the row is (N,). None twice if nothing is padded."""
     rows, shapes, gather = [], [], []
     sequences = torch.arange(sum(lengths)).split(lengths)
     for positions, following in zip(sequences, [*lengths[1:], 0], strict=True):
