@@ -33,7 +33,8 @@ def keep_freed_memory() -> None:
     """Keep GNU's malloc from returning the memory of freed tensors to the system, which clears it
     for the next ones: 7% of the processor time of a step on a CPU."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    for option in (-1, -3) if hasattr(libc, "mallopt") else ():  # those of trim and mmap
+    thresholds = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    for option in thresholds if hasattr(libc, "mallopt") else ():
         libc.mallopt(option, 2**30)
 
 
