@@ -1,6 +1,8 @@
 """Memory that is known beforehand, and running out of it: one line, and the checkpoint is whole."""
 
+import platform
 import re
+import resource
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ import rollout
 import train_dapo
 from infra.checkpoint import find_corruption, list_checkpoints
 from infra.config import load_config
-from infra.memory import estimate_memory
+from infra.memory import estimate_memory, keep_freed_memory
 from infra.setup import load_model
 
 CUDA = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -197,3 +199,14 @@ train_dapo.main()
     assert result.returncode and "phase update" in line and "(rank 1)" in line
     assert f"{path} is intact" in line
     assert find_corruption(Accelerator(cpu=True), path) == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs GNU's malloc")
+def test_the_memory_of_a_freed_tensor_is_kept_for_the_next_one():
+    def page_faults() -> int:
+        for _ in range(4):
+            torch.ones(2**24)  # 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    keep_freed_memory()
+    before = page_faults()
+    assert page_faults() - before < 2000
