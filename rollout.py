@@ -196,9 +196,8 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     tokens = torch.zeros(size, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_tokens, device=device)
     num_tokens = torch.zeros(size, dtype=torch.long, device=device)
-    stopped = torch.ones(size, dtype=torch.bool, device=device)
     rows = torch.arange(size, device=device)  # the response of each row of the running batch
-    running = stopped.clone()  # the rows that have not ended
+    running = torch.ones(size, dtype=torch.bool, device=device)  # the rows that have not ended
     for t in range(max_tokens):
         token, logprob = sample_tokens(logits, uniforms[:, t], params.temperature, params.top_p)
         tokens[rows, t], logprobs[rows, t] = token, logprob
@@ -214,7 +213,7 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
         logits = model(input_ids=token[:, None], position_ids=(lengths + t)[:, None],
                        attention_mask=None if is_mamba else mask[:, :ids.shape[1] + t + 1],
                        **caching).logits[:, -1]
-    stopped[rows] = ~running
+    stopped = torch.isin(tokens.gather(1, num_tokens[:, None] - 1).squeeze(1), stop_ids)
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
     return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
             in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]

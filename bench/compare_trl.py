@@ -46,7 +46,7 @@ with a prefix cache, in half of the GPU's memory. Give `--micro-batch 8` (the ac
 such rows are 180 GB); ours take as many tokens in a pass. TRL's correction of the sampler's
 log-probs is off, as ours is. TRL's own ways: it asks vLLM for the log-probs of all responses, ours
 for one prompt's in 16, and for their text; at most 4096 tokens in a pass of vLLM, ours vLLM's
-default; logits in bf16, ours in float32.
+default; logits in bf16, ours in float32; old log-probs of all four mini-batches, ours of three.
 
 `pip install vllm==0.32.0` in both environments; TRL 1.16 warns that it knows vLLM up to 0.31. Not
 tried on a GPU yet. On a CPU (`--shape tiny`, shorter responses, no sleep) it runs to the end, once

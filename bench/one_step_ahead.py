@@ -4,7 +4,9 @@
 
 The trainer has one core; on another a stand-in for a vLLM server, which speaks its protocol and
 samples by this project's decoding, answers once it has written `--rate` tokens a second: by
-default as many as a run of the first seed trains, so that writing and training take equally long.
+default as many as a run of the first seed trains, so that writing and training take equally long;
+in each step alike only with filter_groups.enable=false, since the filter makes later steps write
+up to three times as much.
 
 Prints a table in Markdown, and exits with 1 if a goal is missed.
 """

@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     thresholds = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     for option in thresholds if hasattr(libc, "mallopt") else ():
-        libc.mallopt(option, 2**30)
+        libc.mallopt(option, 2**30)  # bytes
 
 
 @contextmanager
