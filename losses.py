@@ -17,24 +17,12 @@ Shapes: B responses, T response tokens (padded on the right), G groups, n respon
 Masks are 1 on the tokens that are trained and 0 elsewhere; a value with the mask 0 has no effect.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from data_types import Stat
+
 LOG_RATIO_LIMIT = 20.0  # exp(20) is far outside every clip range; float32 overflows at exp(89)
-
-
-class Stat(NamedTuple):
-    """A statistic that a loss returns; it is logged as `actor/<name>` without further code.
-
-    `values`: (B, T), or a shape that broadcasts to it. `reduce`: `mean`, `sum` or `max` over the
-    tokens in the loss (those also in `mask`, if it is given) of the whole rollout step. A scalar
-    with `sum` is a micro-batch's part of the sum.
-    """
-    values: Tensor
-    reduce: str = "mean"
-    mask: Tensor | None = None
 
 
 def group_advantages(rewards: Tensor, norm_by_std: bool = True, eps: float = 1e-6) -> Tensor:

@@ -15,9 +15,9 @@ How a reward function of your own is called, and what it may return: infra/rewar
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+
+from data_types import Score
 
 ANSWER_WINDOW = 300  # characters at the end of a response in which the answer must stand
 ANSWER = re.compile(r"Answer\s*:\s*([^\n]+)", re.IGNORECASE)
@@ -42,25 +42,6 @@ WORK = re.compile(
 ARITHMETIC = re.compile(
     rf"[0-9)}}]\s*(?:[-+*^(]|\\times|\\cdot|\\div)|sqrt|{WORK.pattern}")
 NUMBER = re.compile(r"-?(?:[0-9.]+(?:/[0-9]+)?|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})(?:\\?%)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What a reward function says of one response. `score` is what advantages are made of."""
-    acc: float | None  # right (1) or wrong (0); None: the reward function states no accuracy
-    score: float  # before the overlong penalty
-    pred: str = ""  # the answer as it was read; "" if there is none
-    extra: dict[str, float | str] = field(default_factory=dict)  # numbers become metrics
-    status: str = "ok"  # ok | timeout | error
-    message: str = ""  # what went wrong, if status is not ok
-
-
-class Task(NamedTuple):
-    """The responses of one prompt, their lengths in tokens (EOS included), and the prompt's row."""
-    responses: list[str]
-    lengths: list[int]
-    ground_truth: str
-    row: dict
 
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,

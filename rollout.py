@@ -6,12 +6,10 @@ stream, so what is sampled does not depend on how prompts are batched. The log-p
 the distribution that was sampled from, after temperature and top_p.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,51 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from infra.data import Prompt
+from data_types import Engine, Prompt, Response, SamplingParams
 from infra.distributed import Remote, map_over_ranks
 from infra.memory import out_of_memory
 from infra.rng import make_rng
-
-
-@dataclass(frozen=True, eq=False)  # arrays have no single ==
-class Response:
-    """A response of the policy. `token_ids` (T,) int32, with the EOS if there was one: then
-    `finish_reason` is `stop`, else `length`. `logprobs` (T,) float32, NaN if they were not asked
-    for. `text` lacks special tokens. It is whole on one rank; the others have None, and for
-    `token_ids` a `Remote`, which knows T."""
-    token_ids: np.ndarray | Remote
-    logprobs: np.ndarray | None
-    text: str | None
-    finish_reason: str
-
-
-class SamplingParams(NamedTuple):
-    """`n` responses per prompt, of at most `max_tokens`; temperature 0 takes the likeliest token.
-    `logprobs`: for what share of the prompts vLLM is asked for log-probs, which slow it down."""
-    n: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    logprobs: float = 1.0
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What generates responses.
-
-    generate(prompts, seeds, params, progress=""): `params.n` responses to each prompt (token ids).
-        `seeds` has integers for each prompt that determine what is sampled for it; `progress`
-        names a progress bar, "" shows none.
-    sync(weights): take these (name, value) pairs as the policy's weights.
-    sleep(): free memory; nothing is generated until the next sync.
-    close(): the run is over.
-    has_own_weights: whether the weights are a copy of the policy's.
-    """
-    generate: Callable[..., list[list[Response]]]
-    sync: Callable[[Iterable[tuple[str, Tensor]]], None]
-    sleep: Callable[[], None]
-    close: Callable[[], None]
-    has_own_weights: bool
 
 
 def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose: str,

@@ -25,7 +25,8 @@ from infra.config import escape_control
 from infra.data import Prompt
 from infra.distributed import Remote, map_over_ranks, owner_of
 from infra.rng import make_rng
-from reward import Score, Task, overlong_penalty
+from data_types import Task
+from reward import Score, overlong_penalty
 from rollout import Response
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
+from data_types import Data, Prompt
 from infra.config import split_list
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -25,23 +26,6 @@ MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 
 Task = str | tuple[tuple[str, str], ...]  # a text; or a chat, (role, content) of each message
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the policy is given. `id` is its row in the data (from 0), `row` all of its columns."""
-    id: int
-    text: str
-    token_ids: list[int]
-    answer: str
-    row: dict
-
-
-@dataclass(frozen=True)
-class Data:
-    """All prompts of a run: those to train on, and the validation sets by name."""
-    train: list[Prompt]
-    val: dict[str, list[Prompt]]
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:

@@ -18,7 +18,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from reward import Score, Task, score_math, score_math_strict_box, score_math_verify
+from data_types import Score, Task
+from reward import score_math, score_math_strict_box, score_math_verify
 
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}

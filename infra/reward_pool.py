@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
 
+from data_types import Score, Task
 from infra.reward_function import is_group_reward, load_reward_function, score_task
-from reward import Score, Task, answer_or_box, failed_score, weighted_sum
+from reward import answer_or_box, failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
 MEMORY = 8 * 2**30  # bytes of address space for each process

@@ -3,9 +3,8 @@
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -24,8 +23,9 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
 from transformers.utils import is_flash_attn_2_available
 
 import infra
+from data_types import Data, Engine, TrainState
 from infra.config import compute_dtype, one_line_errors, split_list
-from infra.data import Data, load_data
+from infra.data import load_data
 from infra.distributed import is_sharded, iter_full_weights
 from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
@@ -33,25 +33,11 @@ from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
-from rollout import Engine, stop_token_ids, transformers_engine
+from rollout import stop_token_ids, transformers_engine
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
                  r"^(model\.)?language_model\.(model\.)?": "model."}
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What the parts of a run share. `engine` generates the responses, `scorer` scores them;
-    `reference`, the initial policy, is None if no KL term is on."""
-    config: SimpleNamespace
-    accelerator: Accelerator
-    tokenizer: transformers.PreTrainedTokenizerBase
-    policy: torch.nn.Module
-    engine: Engine
-    reference: torch.nn.Module | None
-    optimizer: torch.optim.Optimizer
-    scorer: Callable
 
 
 @one_line_errors()

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from data_types import Engine, Response, SamplingParams
 from infra.config import compute_dtype
-from rollout import Engine, Response, SamplingParams, make_responses
+from rollout import make_responses
 
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from data_types import Engine, Response, SamplingParams
 from infra.config import compute_dtype
 from infra.distributed import raise_on_all_ranks
 from infra.vllm_engine import group_responses, request_params
-from rollout import Engine, Response, SamplingParams
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALGORITHM = [ROOT / f"{name}.py" for name in
-             ("train_dapo", "sampling", "rollout", "reward", "losses")]
+             ("train_dapo", "data_types", "sampling", "rollout", "reward", "losses")]
 SCRIPTS = [ROOT / "evaluate.py", ROOT / "plot.py"]
 PRODUCT = [*ALGORITHM, *SCRIPTS, *sorted(ROOT.glob("infra/*.py")), *sorted(ROOT.glob("toy/*.py"))]
 NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PRODUCT}

@@ -1,0 +1,177 @@
+"""What flows through a step, in order, and what a run is made of. No code, and nothing is changed
+once it is made, but for `Progress`.
+
+    Prompt -> Response -> Score -> Group -> Sample -> mini-batch -> micro-batch of tensors -> Stat
+
+T tokens of a response (EOS included), n responses to a prompt. Nothing is imported at run time:
+processes of reward functions load this file, and start without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    from accelerate import Accelerator
+    from numpy import ndarray
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---- what flows ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is given, `token_ids` the whole of it."""
+    id: int         # its row in the data, from 0
+    text: str       # after the templates
+    token_ids: list[int]
+    answer: str     # the right one
+    row: dict       # all columns of the data
+    position: int = 0  # in the endless stream of prompts, or in its validation set; of a step's
+                       # groups, each has another, even if the data repeat a prompt
+
+
+class SamplingParams(NamedTuple):
+    """How responses are sampled."""
+    n: int                    # responses to each prompt
+    max_tokens: int           # of each response
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    logprobs: float = 1.0     # the share of the prompts for which vLLM is asked for log-probs
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single ==
+class Response:
+    """What the policy wrote."""
+    token_ids: ndarray  # (T,) int32, with the EOS if there was one
+    logprobs: ndarray   # (T,) float32, of the sampler; NaN if they were not asked for
+    text: str           # without special tokens
+    finish_reason: str  # stop: an EOS ended it; length: it was cut
+
+
+class Task(NamedTuple):
+    """What a reward function judges: the responses to one prompt."""
+    responses: list[str]
+    lengths: list[int]  # in tokens
+    ground_truth: str   # the prompt's answer
+    row: dict           # the prompt's
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward function says of one response."""
+    acc: float | None  # right (1) or wrong (0); None: the reward function states no accuracy
+    score: float       # what advantages are made of, before the overlong penalty
+    pred: str = ""     # the answer as it was read; "" if there is none
+    extra: dict[str, float | str] = field(default_factory=dict)  # numbers become metrics
+    status: str = "ok"  # ok | timeout | error
+    message: str = ""  # what went wrong, if status is not ok
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its n responses: one of each in every list."""
+    prompt: Prompt
+    responses: list[Response]
+    scores: list[Score]
+    rewards: list[float]        # the score, with the overlong penalty
+    final_rewards: list[float]  # and with the KL penalty, if it is on
+
+    def metric(self, name: str) -> list[float]:
+        """The values that `filter_groups.metric` names, one per response. `acc` is the score if the
+        reward function states no accuracy."""
+        if name == "seq_reward":
+            return self.rewards
+        if name == "seq_final_reward":
+            return self.final_rewards
+        if name == "acc" and all(score.acc is not None for score in self.scores):
+            return [score.acc for score in self.scores]
+        return [score.score for score in self.scores]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One response to train on. Log-probs are on the CPU, None if they are not needed."""
+    prompt_ids: list[int]
+    response_ids: ndarray       # (T,)
+    advantage: float | Tensor   # of the response, or (T,) of its tokens
+    in_loss: bool = True        # False: masked out of the loss
+    rollout_logprobs: Tensor | None = None  # (T,) of the sampler; NaN if they were not asked for
+    old_logprobs: Tensor | None = None      # (T,) of the policy before the step's first update
+    ref_logprobs: Tensor | None = None      # (T,) of the initial policy
+    key: tuple[int, int] = (0, 0)           # its prompt's position, its number in the group
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class Stat(NamedTuple):
+    """A statistic that a loss returns; it is logged as `actor/<name>` without further code."""
+    values: Tensor        # (B, T), or a shape that broadcasts to it
+    reduce: str = "mean"  # mean, sum or max over the tokens in the loss of the whole step; a scalar
+                          # with `sum` is a micro-batch's part of the sum
+    mask: Tensor | None = None  # (B, T): only these of the tokens in the loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validation set says of a policy."""
+    metrics: dict[str, float]              # over all prompts: avg@k, response_length, ...
+    by_level: dict[str, dict[str, float]]  # the same for each level of difficulty
+    prompt: str                            # the first prompt, its answer, the responses to it
+    answer: str
+    examples: list[str]
+
+
+# ---- what a run is made of -----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Data:
+    """All prompts of a run."""
+    train: list[Prompt]
+    val: dict[str, list[Prompt]]  # by the name of the validation set
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What generates responses: transformers, vLLM in this process, or vLLM servers."""
+    # generate(prompts, seeds, params, progress=""): `params.n` responses to each prompt (token
+    # ids). Each prompt's seeds, integers, determine what is sampled; `progress` names a bar.
+    generate: Callable[..., list[list[Response]]]
+    sync: Callable[[Iterable[tuple[str, Tensor]]], None]  # take these weights, by name
+    sleep: Callable[[], None]  # free memory; nothing is generated until the next sync
+    close: Callable[[], None]  # the run is over
+    has_own_weights: bool      # a copy of the policy's
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What the parts of a run share."""
+    config: SimpleNamespace  # as in config.yaml
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    policy: Module
+    engine: Engine
+    reference: Module | None  # the initial policy; None if no KL term is on
+    optimizer: Optimizer
+    scorer: Callable[[list[Task]], list[list[Score]]]
+
+
+COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",
+            "ema_groups_generated")
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds besides weights and optimizer."""
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)  # `before` and
+    # `after`, then by validation set
+    identity: dict = field(default_factory=dict)  # the config, and a hash of the prompts
