@@ -120,6 +120,14 @@ class Stat(NamedTuple):
     mask: Tensor | None = None  # (B, T): only these of the tokens in the loss
 
 
+class Update(NamedTuple):
+    """What an optimizer step did."""
+    grad_norm: float | None  # before clipping; None: fp16 skipped the step, since it overflowed
+    num_tokens: int          # of prompts and responses, in the whole mini-batch
+    micro_batches: list[tuple[list[Sample], Tensor, dict[str, Stat]]]  # of this rank: samples, mask
+    # (B, T) of the tokens in the loss, statistics by name
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a validation set says of a policy."""
@@ -128,6 +136,7 @@ class Evaluation:
     prompt: str                            # the first prompt, its answer, the responses to it
     answer: str
     examples: list[str]
+    seconds: float = 0.0                   # of sampling and scoring
 
 
 # ---- what a run is made of -----------------------------------------------------------------------

@@ -10,69 +10,53 @@ function states no accuracy: score@k is the mean score, best@k the mean of each 
 """
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 
-from infra.config import escape_control, flatten, one_line_errors, read_command_line, split_list
-from infra.data import Prompt, find_column
+from data_types import Evaluation, Prompt, Response, SamplingParams, Score, TrainState
+from infra.config import flatten, one_line_errors, read_command_line, split_list
+from infra.data import find_column
 from infra.distributed import raise_on_all_ranks
-from infra.exchange import gather_on_main
 from infra.memory import out_of_memory
-from infra.setup import TrainState, setup, sync_weights
-from reward import Score, mean_extra
-from rollout import Response, SamplingParams, generate
+from infra.metrics import format_tables
+from infra.rollout_files import response_record
+from infra.setup import setup, sync_weights
+from reward import mean_extra
+from rollout import generate, transformers_engine
 from sampling import score_responses
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The metrics of a validation set, over all of its prompts and for each level of difficulty."""
-    metrics: dict[str, float]
-    by_level: dict[str, dict[str, float]]
-    prompt: str  # the first prompt of the set, its answer, and the responses to it
-    answer: str
-    examples: list[str]
-
-
-Evaluations = dict[str, dict[str, Evaluation]]  # by set, then by title: before, after; or a model
-
-
-def validate(state: TrainState, prompts: list[Prompt]) -> Evaluation:
-    """The evaluation of the current policy. The random numbers are the same each time."""
-    return evaluate(prompts, *sample_and_score(state, prompts), state.config.val.level_key)
-
-
-def validation_metrics(state: TrainState, val: dict[str, list[Prompt]], step: int,
-                       evaluations: Evaluations) -> dict[str, float]:
-    """`val/<set>/<metric>` of every validation set if validation is due after this step, else {}.
-
-    The evaluations become those `before` (step 0) or `after` in `evaluations`.
-    """
+def validate(state: TrainState, val: dict[str, list[Prompt]],
+             step: int) -> dict[str, dict[str, Evaluation]]:
+    """The evaluations of the current policy on the validation sets, {"after": by name} (of step 0
+    "before"); {} if none is due after this step. The random numbers are the same each time."""
     last, every = state.config.total_training_steps, state.config.val.every
     if not val or not (step in (0, last) or (every and step % every == 0)):
         return {}
-    start, metrics = time.perf_counter(), {}
+    evaluations = {}
     for name, prompts in val.items():
-        evaluation = validate(state, prompts)
-        evaluations.setdefault(name, {})["after" if step else "before"] = evaluation
-        metrics |= {f"val/{name}/{key}": value for key, value in evaluation.metrics.items()}
-    return metrics | {"time/validate": time.perf_counter() - start}
+        start = time.perf_counter()
+        responses, scores = sample_and_score(state, prompts)
+        evaluations[name] = replace(
+            evaluate(prompts, responses, scores, state.config.val.level_key),
+            seconds=time.perf_counter() - start)
+    return {"after" if step else "before": evaluations}
 
 
 def sample_and_score(state: TrainState,
-                     prompts: list[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
-    """`val.n` responses to each prompt, whole on one rank each, and their scores on all."""
+                     prompts: Sequence[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
+    """`val.n` responses to each prompt, and their scores."""
     val, max_tokens = state.config.val, state.config.data.max_response_length
     params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0)
-    responses = generate(state, prompts, range(len(prompts)), "validation", params)
-    return responses, score_responses(state, prompts, responses)
+    prompts = [replace(prompt, position=i) for i, prompt in enumerate(prompts)]
+    responses = generate(state, prompts, params, "validation", "validation")
+    return responses, score_responses(state, prompts, responses, "validation")
 
 
 def evaluate(prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]],
@@ -116,34 +100,6 @@ def prompt_metrics(scores: Sequence[Score], has_accuracy: bool,
     return metrics
 
 
-def format_tables(evaluations: Evaluations) -> str:
-    """A table for each set: a row for each level and one for all prompts, and a block of columns
-    for each evaluation."""
-    lines = []
-    for name, by_title in evaluations.items():
-        first = next(iter(by_title.values()))
-        columns = [column for column in first.metrics if "/" not in column]
-        head = "".join(f"{column.replace('response_length', 'length'):>9}" for column in columns)
-        titles = [f"{title:<{len(head)}}" for title in by_title]
-        rows = [[" " * 12, *titles], [" " * 12, *[head] * len(titles)]]
-        for level in [*first.by_level, "all"]:
-            rows.append([f"{level:<12}"])
-            for evaluation in by_title.values():
-                metrics = evaluation.by_level.get(level, evaluation.metrics)
-                cells = [f"{metrics.get(column, math.nan):>9.3f}" for column in columns]
-                rows[-1].append("".join(cells))
-        lines += [name, *("   ".join(row).rstrip() for row in rows), ""]
-    return "\n".join(map(escape_control, lines[:-1]))
-
-
-def response_record(prompt: Prompt, response: Response, score: Score) -> dict:
-    """What a file of responses says of one response."""
-    return {"prompt": prompt.text, "answer": prompt.answer, "response": response.text,
-            "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
-            "pred": score.pred, "acc": score.acc, "score": score.score, "status": score.status,
-            **{f"reward/{name}": value for name, value in score.extra.items()}}
-
-
 def main() -> None:
     """Evaluate the model that the command line names, print the table, save what it is made of."""
     config = read_command_line("Evaluate a model on validation sets.", training=False)
@@ -152,7 +108,7 @@ def main() -> None:
     settings, model = flatten(config), config.model.path
     config.run_dir += "/evaluate"  # servers load weights from there: never over a training run's
     out = Path(config.run_dir, f"{Path(model).name}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    state, data = setup(config, training=False)
+    state, data = setup(config, transformers_engine, training=False)
     evaluations, records, is_main = {}, [], state.accelerator.is_main_process
     with closing(state.engine), one_line_errors(), out_of_memory("sync"):
         with raise_on_all_ranks("cannot save results"):
@@ -161,15 +117,13 @@ def main() -> None:
         sync_weights(state)
         for name, prompts in data.val.items():
             responses, scores = sample_and_score(state, prompts)
-            evaluation = evaluate(prompts, responses, scores, config.val.level_key)
-            evaluations[name] = {model: evaluation}
-            responses = gather_on_main(state.accelerator, responses)
-            records += [{"set": name, "id": prompt.id, **response_record(prompt, *pair)}
-                        for prompt, *group in zip(prompts, responses, scores, strict=True)
-                        for pair in zip(*group, strict=True)]
+            evaluations[name] = evaluate(prompts, responses, scores, config.val.level_key)
+            for prompt, *group in zip(prompts, responses, scores, strict=True):
+                records += [{"set": name, "id": prompt.id, **response_record(prompt, *pair)}
+                            for pair in zip(*group, strict=True)]
         if is_main:
-            print(format_tables(evaluations))
-            sets = {name: asdict(by_title[model]) for name, by_title in evaluations.items()}
+            print(format_tables({model: evaluations}))
+            sets = {name: asdict(evaluation) for name, evaluation in evaluations.items()}
             text = json.dumps({"sets": sets, "config": settings}, indent=2)
             (out / "metrics.json").write_text(text + "\n")
             lines = [json.dumps(record) + "\n" for record in records]

@@ -1,4 +1,4 @@
-"""The equations: advantages, clipped-ratio loss, aggregation, KL, importance weights, load balance.
+"""The equations: advantages, clipped-ratio loss, aggregation, KL, importance weights.
 
 DAPO's objective (arXiv 2503.14476, equations 8 and 9), over the responses o_i to a prompt q:
 
@@ -9,9 +9,8 @@ Departures from the paper:
   1. std is the sample standard deviation (n - 1), and 1e-6 is added to it.
   2. The mean over tokens is that of the whole mini-batch of an optimizer step, on all ranks
      (`num_tokens`), as in the released code; equation 8 as printed is that of one prompt's group.
-  3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms,
-     `importance_weights` and `load_balancing_loss` (of mixture-of-experts models) are for
-     ablations; none of them is on by default.
+  3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms and
+     `importance_weights` are for ablations; none of them is on by default.
 
 Shapes: B responses, T response tokens (padded on the right), G groups, n responses per group.
 Masks are 1 on the tokens that are trained and 0 elsewhere; a value with the mask 0 has no effect.
@@ -131,24 +130,3 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     if kind == "k3":
         return (-difference).clamp(max=LOG_RATIO_LIMIT).exp() - 1 + difference
     raise ValueError(f"kl kind {kind!r} is none of k1, k2, k3")
-
-
-def load_balancing_loss(router_logits: Tensor, sequence_index: Tensor, num_sequences: int,
-                        top_k: int) -> Tensor:
-    """How unevenly one layer's router spreads the tokens of each sequence over E experts.
-
-    E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6), with f_e the
-    share of a sequence's tokens that have expert e among their `top_k`, and P_e the mean
-    probability of e: `top_k` if all are equal. Of each sequence instead of each batch, so that
-    the gradient does not depend on how a mini-batch is split.
-
-    router_logits: (N, E), of all tokens. sequence_index: (N,), the sequence of each token; padding
-    has `num_sequences`. Returns (num_sequences,).
-    """
-    probs = torch.softmax(router_logits.float(), dim=-1)
-    chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k).indices, 1.0)
-    values = torch.cat([chosen, probs, torch.ones_like(probs[:, :1])], dim=1)
-    sums = values.new_zeros(num_sequences + 1, values.shape[1])
-    sums = sums.index_add(0, sequence_index, values)[:-1]
-    experts, count = probs.shape[1], sums[:, -1].clamp(min=1)
-    return experts * (sums[:, :experts] * sums[:, experts:-1]).sum(1) / count.square()

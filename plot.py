@@ -8,13 +8,13 @@ Of a single run, each metric has a colour; of several, each run has a colour, ea
 import argparse
 import difflib
 import io
-import json
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from infra.config import one_line_errors
+from infra.rollout_files import read_metrics
 from infra.step_page import write_step_page
 
 PANELS = {  # title: patterns of metric names; those that no run has are not drawn
@@ -29,20 +29,6 @@ PANELS = {  # title: patterns of metric names; those that no run has are not dra
     "gradient norm": ("actor/grad_norm",),
 }
 STYLES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (1, 4)), (0, (5, 1, 1, 1, 1, 1)))
-
-
-def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The complete rows of a run's metrics.jsonl; the last may be half written. Raises ValueError
-    if another is not JSON."""
-    path, rows = Path(run_dir) / "metrics.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not valid JSON: delete this line") from None
-    return rows
 
 
 def match_metrics(runs: dict[str, list[dict]], patterns: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Rollouts: token ids of prompts in, responses with their log-probs out.
+"""Rollouts: prompts in, responses with their log-probs out.
 
-An `Engine` is a few functions over a transformers model (here), vLLM in this process
+An `Engine` (data_types.py) generates them: a transformers model (here), vLLM in this process
 (infra/vllm_engine.py) or vLLM servers (infra/vllm_server.py). Each response has its own random
 stream, so what is sampled does not depend on how prompts are batched. The log-probs are those of
 the distribution that was sampled from, after temperature and top_p.
@@ -18,69 +18,34 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from data_types import Engine, Prompt, Response, SamplingParams
-from infra.distributed import Remote, map_over_ranks
+from data_types import Engine, Prompt, Response, SamplingParams, TrainState
+from infra.distributed import map_over_ranks
 from infra.memory import out_of_memory
 from infra.rng import make_rng
+from infra.tokens import make_responses, stop_token_ids
 
 
-def generate(state, prompts: Sequence[Prompt], positions: Sequence[int], purpose: str,
-             params: SamplingParams) -> list[list[Response]]:
-    """`params.n` responses to each prompt, in order; all ranks share the work. A rank gets whole
-    responses of its own prompts, and lengths and finish reasons of the others.
+def generate(state: TrainState, prompts: Sequence[Prompt], params: SamplingParams, stream: str,
+             description: str) -> list[list[Response]]:
+    """`params.n` responses to each prompt, in order, on every rank; all ranks share the work.
 
-    What is sampled for a prompt is a function of the seed, `purpose` and its position. Raises
-    ValueError if the engine fails on any rank. `state` is a TrainState.
+    What is sampled for a prompt is a function of the seed, the name of the random `stream` and the
+    prompt's position. `description` is for the progress bar and errors. Raises ValueError if the
+    engine fails on any rank.
     """
-    config, accelerator, whole = state.config, state.accelerator, {}
-    rank, per_engine = accelerator.process_index, config.rollout.tensor_parallel_size
-    engines = accelerator.num_processes // per_engine
-    # an engine's ranks, which are neighbours, generate for its prompts together, and divide them
-    owners = [i % engines * per_engine + i // engines % per_engine for i in range(len(prompts))]
+    config = state.config
 
-    def generate_share(own: list[int]) -> np.ndarray:
-        """The number of tokens of each response, (prompts, n), negative if it is truncated."""
-        indices = range(rank // per_engine, len(prompts), engines)
-        rngs = [make_rng(config.seed, purpose, positions[i]) for i in indices]
+    def generate_share(share: Sequence[Prompt]) -> list[list[Response]]:
+        rngs = [make_rng(config.seed, stream, prompt.position) for prompt in share]
         seeds = [tuple(rng.integers(2**32, size=4).tolist()) for rng in rngs]
         with out_of_memory("generate"):
-            groups = state.engine.generate([prompts[i].token_ids for i in indices], seeds, params,
-                                           progress=purpose if accelerator.is_main_process else "")
-        whole.update(zip(indices, groups, strict=True))
-        return np.array([[len(response.token_ids) * (1 if response.finish_reason == "stop" else -1)
-                          for response in whole[i]] for i in own], np.int32)
+            return state.engine.generate(
+                [prompt.token_ids for prompt in share], seeds, params,
+                progress=description if state.accelerator.is_main_process else "")
 
-    responses = []
-    for i, lengths in enumerate(map_over_ranks(accelerator, generate_share, range(len(prompts)),
-                                               owners, purpose)):
-        responses.append(whole[i] if owners[i] == rank else [
-            Response(Remote(abs(length), owners[i]), None, None, "stop" if length > 0 else "length")
-            for length in lengths.tolist()])
-    return responses
-
-
-# ---- responses -----------------------------------------------------------------------------------
-
-def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
-                   n: int) -> list[list[Response]]:
-    """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and whether
-    the last token ended them. Raises ValueError if a log-prob is not finite."""
-    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
-    responses = []
-    for (ids, logprobs, stopped), text in zip(rows, texts, strict=True):
-        if logprobs is None:
-            logprobs = np.full(len(ids), np.nan, dtype=np.float32)
-        elif not np.isfinite(logprobs).all():
-            raise ValueError("log-probs are not finite: the policy has diverged, or overflows")
-        responses.append(Response(ids, logprobs, text, "stop" if stopped else "length"))
-    return [responses[i:i + n] for i in range(0, len(responses), n)]
-
-
-def stop_token_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the model's generation config may name several."""
-    configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+    # The ranks of one engine generate for its prompts together.
+    return map_over_ranks(state.accelerator, generate_share, prompts, description,
+                          config.rollout.tensor_parallel_size)
 
 
 # ---- decoding with transformers ------------------------------------------------------------------

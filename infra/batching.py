@@ -7,70 +7,61 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from data_types import Sample, TrainState
 from infra.packing import packing_kind, packing_kwargs
-from infra.setup import TrainState
-from sampling import Sample
 
 
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
-                  packed: bool = False) -> list[list[int]]:
-    """This rank's share of `samples`: its part of `split_micro_batches`."""
-    return split_micro_batches(samples, max_tokens, world, packed)[rank]
-
-
-def split_micro_batches(samples: list[Sample], max_tokens: int, world: int = 1,
-                        packed: bool = False) -> list[list[list[int]]]:
-    """Each rank's share of `samples`, as indices, in batches of at most `max_tokens` tokens.
+                  packed: bool = False) -> list[list[Sample]]:
+    """This rank's share of `samples`, in batches of at most `max_tokens` tokens.
 
     Packed: the longest sample first, to the batch that has the fewest tokens, of as few batches as
     suffice. Padded (padding counts): the same over ranks, then batches of samples of similar
     length. Every rank gets the same number of batches, since all take part in collectives: a rank
     that lacks one gets an empty batch. A sample longer than `max_tokens` is a batch of its own.
     """
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True)
-    lengths = [len(samples[i]) for i in order]
+    ordered = sorted(samples, key=len, reverse=True)
+    lengths = list(map(len, ordered))
     if not packed:
-        batches = []
-        for part in balance_lengths(lengths, world):
-            batches.append(fill_batches([order[at] for at in part], samples, max_tokens))
-        most = max(map(len, batches))
-        return [of_rank + [[]] * (most - len(of_rank)) for of_rank in batches]
-    count, over = world * -(-sum(lengths) // (world * max_tokens)), 1
-    while over:
+        batches = [fill_batches([ordered[i] for i in part], max_tokens)
+                   for part in balance_lengths(lengths, world)]
+        max_batches = max(map(len, batches))
+        return batches[rank] + [[]] * (max_batches - len(batches[rank]))
+    count, overfull = world * -(-sum(lengths) // (world * max_tokens)), 1
+    while overfull:
         parts = balance_lengths(lengths, count)
-        over = sum(len(part) > 1 and sum(lengths[at] for at in part) > max_tokens for part in parts)
-        count += -(-over // world) * world
-    parts = [[order[at] for at in part] for part in parts]
-    return [parts[rank::world] for rank in range(world)]
+        overfull = sum(len(part) > 1 and sum(lengths[i] for i in part) > max_tokens
+                       for part in parts)
+        count += -(-overfull // world) * world
+    return [[ordered[i] for i in part] for part in parts[rank::world]]
 
 
 def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
     """The indices of `lengths` in `count` parts: each goes to the part with the least sum."""
     parts, sums = [[] for _ in range(count)], [(0, part) for part in range(count)]
-    for at, length in enumerate(lengths):
+    for i, length in enumerate(lengths):
         least, part = sums[0]
         heapreplace(sums, (least + length, part))
-        parts[part].append(at)
+        parts[part].append(i)
     return parts
 
 
-def fill_batches(indices: list[int], samples: list[Sample], max_tokens: int) -> list[list[int]]:
-    """Batches of `indices` (longest first), each padded to its first sample's length."""
+def fill_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Batches of `samples` (longest first), each padded to its first sample's length."""
     batches, room, row = [], 0, 1
-    for i in indices:
+    for sample in samples:
         if room < row:
             batches.append([])
-            room, row = max_tokens, len(samples[i])
-        batches[-1].append(i)
+            room, row = max_tokens, len(sample)
+        batches[-1].append(sample)
         room -= row
     return batches
 
 
-def make_batch(state: TrainState, samples: list[Sample], indices: list[int]) -> dict:
+def make_batch(state: TrainState, samples: list[Sample]) -> dict:
     """A micro-batch on the device. An empty one becomes a sample outside the loss, since every rank
     must run the model equally often."""
-    rows = [samples[i] for i in indices] or [
-        Sample([0], np.zeros(1, np.int32), 0.0, False, *torch.zeros(3, 1))]
+    rows = samples or [Sample([0], np.zeros(1, np.int32), 0.0, False, *torch.zeros(3, 1))]
     return collate(rows, state.tokenizer.pad_token_id or 0, state.accelerator.device,
                    packing_kind(state.policy))
 
@@ -82,7 +73,6 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
         all samples in one row, if `packing` names a kind of it; `packing_kwargs` tells them apart.
     tokens (N,): all response tokens. logit_positions (N,): the position before each of them, among
         all of input_ids. flat_positions (N,): their place among (B, T).
-    sequence_index (B * L,) or (L,): the sample of each of input_ids; B on padding.
     mask (B, T): the tokens in the loss. Masks come from lengths, never from token values: the EOS
         that ended a response is trained, even if padding has the same id.
     advantages (B, 1) or (B, T); rollout_logprobs, old_logprobs, ref_logprobs (B, T), if given.
@@ -90,13 +80,11 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
     sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
     flat = torch.from_numpy(np.concatenate(
         [ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
-    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     if packing:
         ids = flat[None]  # (1, L)
         starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
     else:
         ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
-        index = pad_sequence(index.split(sizes), batch_first=True, padding_value=len(sizes))
         starts = torch.arange(len(sizes)) * ids.shape[1]
     column = torch.arange(int(lengths.max()))  # (T,)
     response_mask = column < lengths[:, None]  # (B, T)
@@ -105,7 +93,6 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
     flat_positions = response_mask.flatten().nonzero().squeeze(1)
     batch = {"input_ids": ids, "tokens": ids.flatten()[logit_positions + 1],
              "logit_positions": logit_positions, "flat_positions": flat_positions,
-             "sequence_index": index.flatten(),
              "mask": response_mask & torch.tensor([[s.in_loss] for s in samples])}
 
     def to_rows(values: list[Tensor]) -> Tensor:

@@ -8,8 +8,9 @@
     RUN_DIR/branch.json                the checkpoint of another run that this one branches off, and
                                        the keys of the config that differ
 
-A checkpoint is written under a temporary name and renamed when it is complete. No generator and no
-scheduler is saved: every random draw and the learning rate are functions of the seed and counters.
+All machines see the same directory. A checkpoint is written under a temporary name, flushed to
+disk, and renamed. No generator and no scheduler is saved: every random draw and the learning rate
+are functions of the seed and counters.
 """
 
 import hashlib
@@ -17,9 +18,8 @@ import json
 import os
 import shutil
 import sys
-import uuid
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,28 +33,13 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      get_optimizer_state_dict, set_model_state_dict,
                                                      set_optimizer_state_dict)
 
-from evaluate import Evaluation, Evaluations
+from data_types import Evaluation, Progress, Prompt, TrainState
 from infra.config import config_diff, flatten, load_config
-from infra.data import Prompt
-from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
-from infra.logprobs import check_weight_sync
+from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, raise_on_all_ranks,
+                               warn)
 from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
-from infra.setup import TrainState, sync_weights
-from plot import plot_runs, read_metrics
-
-COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",
-            "ema_groups_generated")
-
-
-@dataclass
-class Progress:
-    """How far a run is: the `COUNTERS` (all 0 at the start), `evaluations` of the validation sets,
-    `identity`, the config and a hash of the prompts that checkpoints belong to."""
-    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
-    evaluations: Evaluations = field(default_factory=dict)
-    identity: dict = field(default_factory=dict)
-
+from infra.rollout_files import read_metrics
 
 # ---- the directory of a run ----------------------------------------------------------------------
 
@@ -111,78 +96,70 @@ def metrics_so_far(run_dir: Path) -> list[dict]:
 
 
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
-    """Lock the run's directory for the life of the process. Raises OSError if another run has it.
-
-    Also finds out whether all machines see the same directory; if not, each keeps checkpoints of
-    its own (`save_on_each_node`).
-    """
-    run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
+    """Lock the run's directory for the life of the process. Raises OSError if another run has it,
+    or if this machine sees another directory than the main process."""
+    run_dir = Path(config.run_dir)
     lock = FileLock(run_dir / ".lock")
     with raise_on_all_ranks("run_dir"):
-        if accelerator.is_local_main_process:
-            run_dir.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
+            run_dir.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise OSError(f"another run is writing into {run_dir}; wait for it, stop it, or "
                               "name another") from None
-            (run_dir / ".shared").write_text(mark)
+    with raise_on_all_ranks("run_dir"):
+        if not (run_dir / ".lock").exists():
+            raise OSError(f"{run_dir} is not the same directory on all machines: name one on a "
+                          "file system that they share")
         check_run_dir(config)  # again, now that no other run writes there
-    file = run_dir / ".shared"
-    own_disks = not all(gather_object([file.exists() and file.read_text() == mark]))
-    if own_disks and is_sharded(accelerator):
-        raise OSError(f"run_dir: {run_dir} is not the same directory on all machines, which a "
-                      "sharded run needs")
-    accelerator.project_configuration.save_on_each_node = own_disks
     return lock
 
 
-@out_of_memory("start")
-def resume_or_start(state: TrainState, prompts: list[Prompt]) -> Progress:
-    """Load the run's newest checkpoint if there is one, check the weight sync, start the tracker.
+def resume(state: TrainState, prompts: list[Prompt]) -> tuple[Progress, Path | None]:
+    """Load the newest intact checkpoint of the run, or the one that it branches off.
 
-    Returns the progress that training continues from. Raises OSError or ValueError.
+    Returns the progress that training continues from, and the checkpoint; None if there is none.
+    Raises OSError or ValueError.
     """
-    config, accelerator, run_dir = state.config, state.accelerator, Path(state.config.run_dir)
+    config, accelerator = state.config, state.accelerator
     identity = {"config": flatten(config), "data": hash_prompts(prompts)}
-    progress, branch, step = Progress(identity=identity), {}, -1
+    progress = Progress(identity=identity)
     if any(other != identity for other in gather_object([identity])):
         raise OSError("the processes have different configs, or read different data.train_file")
     path = find_checkpoint(accelerator, config)
-    if path:
-        metadata = read_metadata(path)
-        progress.counters.update(metadata["counters"])
-        step = progress.counters["step"]
-        if path.parent.parent.resolve() != run_dir.resolve():
-            branch = {"checkpoint": str(path.resolve()), "step": step,
-                      "changed": config_diff(metadata["config"], config)}
-            changed = ", ".join(branch["changed"]) or "the same config"
-            accelerator.print(f"branching off {path}: {changed}")
-            if "model.lora_" in changed:
-                raise OSError(f"resume: {path} has other adapters ({changed}): undo that, or train "
-                              "the model that its run exported: model.path")
-        elif metadata["data"] != identity["data"]:
-            raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
-                          "another run_dir")
-        load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
-        if accelerator.scaler and "scaler" in metadata:  # not if it branches off a run without one
-            accelerator.scaler.load_state_dict(metadata["scaler"])
-        for group in state.optimizer.param_groups:
-            group["weight_decay"] = config.actor.weight_decay  # a branch may have another
-        accelerator.print(f"resuming from {path}")
-        if comparable(metadata["config"], identity["config"]):
-            for name, of_set in metadata["evaluations"].items():
-                progress.evaluations[name] = {title: Evaluation(**kept)
-                                              for title, kept in of_set.items()}
-    sync_weights(state)
-    check_weight_sync(state, prompts)
-    prepare_run_dir(accelerator, config, step, branch, path.parent.parent if path else run_dir)
-    accelerator.init_trackers("dapo", flatten(config))
-    return progress
+    if path is None:
+        return progress, None
+    metadata = read_metadata(path)
+    changed = ", ".join(config_diff(metadata["config"], config)) or "the same config"
+    if is_branch(config, path):
+        accelerator.print(f"branching off {path}: {changed}")
+        if "model.lora_" in changed:
+            raise OSError(f"resume: {path} has other adapters ({changed}): undo that, or train "
+                          "the model that its run exported: model.path")
+    elif metadata["data"] != identity["data"]:
+        raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
+                      "another run_dir")
+    load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
+    if accelerator.scaler and "scaler" in metadata:  # not if it branches off a run without one
+        accelerator.scaler.load_state_dict(metadata["scaler"])
+    for group in state.optimizer.param_groups:
+        group["weight_decay"] = config.actor.weight_decay  # a branch may have another
+    progress.counters |= metadata["counters"]
+    if same_evaluation_settings(metadata["config"], identity["config"]):
+        for title, by_set in metadata["evaluations"].items():
+            progress.evaluations[title] = {name: Evaluation(**fields)
+                                           for name, fields in by_set.items()}
+    accelerator.print(f"resuming from {path}")
+    return progress, path
 
 
-def comparable(earlier: dict, now: dict) -> bool:
+def is_branch(config: SimpleNamespace, checkpoint: Path) -> bool:
+    """Whether the checkpoint is of another run."""
+    return checkpoint.resolve().parent.parent != Path(config.run_dir).resolve()
+
+
+def same_evaluation_settings(earlier: dict, now: dict) -> bool:
     """Whether evaluations by these two flat configs can stand side by side."""
     return all(earlier.get(key) == value for key, value in now.items()
                if key.startswith(("val.", "data.", "reward."))
@@ -198,16 +175,19 @@ def hash_prompts(prompts: list[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int, branch: dict,
-                    origin: Path) -> None:
-    """Remove from the run's directory what was written after `step`, and write config.yaml.
-
-    Metrics are those of `origin`: the directory itself, or if `branch` is what branch.json is to
-    hold, that of the run that this one branches off.
-    """
-    run_dir = Path(config.run_dir)
+def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress: Progress,
+                    checkpoint: Path | None) -> None:
+    """Remove from the run's directory what was written after the step that `progress` has reached,
+    write config.yaml, start the tracker. A branch gets the metrics of the other run so far."""
+    run_dir, origin, branch, step = Path(config.run_dir), Path(config.run_dir), {}, -1
+    if checkpoint:
+        step = progress.counters["step"]
+        if is_branch(config, checkpoint):
+            origin = checkpoint.parent.parent
+            branch = {"checkpoint": str(checkpoint.resolve()), "step": step,
+                      "changed": config_diff(read_metadata(checkpoint)["config"], config)}
     with raise_on_all_ranks("run_dir"):
-        if writes_checkpoints(accelerator):
+        if accelerator.is_main_process:
             for path in list_checkpoints(run_dir):
                 if _step(path) > step:
                     shutil.rmtree(path)
@@ -215,8 +195,8 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
                 write_atomic(run_dir / "branch.json", json.dumps(branch, indent=1))
             elif step < 0:
                 (run_dir / "branch.json").unlink(missing_ok=True)
-        if accelerator.is_main_process:
-            rows = [json.dumps(row) + "\n" for row in metrics_so_far(origin) if row["step"] <= step]
+            rows = [json.dumps(row) + "\n" for row in metrics_so_far(origin)
+                    if row["step"] <= step]
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows))
             (run_dir / "rollouts").mkdir(exist_ok=True)
@@ -225,6 +205,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, step: int
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    accelerator.init_trackers("dapo", flatten(config))
 
 
 # ---- what a run saves ----------------------------------------------------------------------------
@@ -273,24 +254,17 @@ def save_after_failure(state: TrainState, failure: SystemExit) -> str:
     return f". The policy as it was is in {state.config.run_dir}/last_good_model{saved}"
 
 
-def save_results(state: TrainState, progress: Progress) -> bool:
-    """After a step: save the model, the curves and a checkpoint, each if it is due.
-
-    Returns whether the run is to stop because any rank has received a signal.
-    """
+def save_results(state: TrainState, progress: Progress, checkpoint: bool) -> None:
+    """After a step: save the model and a checkpoint, each if it is due; a `checkpoint` anyway if
+    it is asked for. Raises OSError."""
     config, step = state.config, progress.counters["step"]
     last = step == config.total_training_steps
     if config.save_model_every and step % config.save_model_every == 0:
         save_model(state, f"model_step_{step:05d}")
     if last:  # before the last checkpoint, which says that the run is finished
         save_model(state, "model")
-        with raise_on_all_ranks("curves.png"):
-            if state.accelerator.is_main_process:
-                plot_runs([config.run_dir], Path(config.run_dir) / "curves.png")
-    stop = state.accelerator.check_trigger()
-    if stop or (config.save_every and (last or step % config.save_every == 0)):
+    if checkpoint or (config.save_every and (last or step % config.save_every == 0)):
         save_checkpoint(state, progress)
-    return stop
 
 
 def save_checkpoint(state: TrainState, progress: Progress) -> None:
@@ -298,7 +272,7 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
     `keep_checkpoints`. Raises OSError."""
     accelerator, run_dir = state.accelerator, Path(state.config.run_dir)
     path = run_dir / "checkpoints" / f"step_{progress.counters['step']:05d}"
-    tmp_path, writes = path.with_name(f".{path.name}.partial"), writes_checkpoints(accelerator)
+    tmp_path, is_main = path.with_name(f".{path.name}.partial"), accelerator.is_main_process
     free = shutil.disk_usage(run_dir).free / 1e6
     doing = f"cannot save {path}, on whose disk {free:.0f} MB were free"
     metadata = progress.identity | {"counters": progress.counters,
@@ -307,32 +281,31 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
         metadata["scaler"] = accelerator.scaler.state_dict()
     try:
         with raise_on_all_ranks(doing):
-            if writes:
+            if is_main:
                 path.parent.mkdir(exist_ok=True)
                 for half in path.parent.glob(".step_*.partial"):
                     shutil.rmtree(half)
                 tmp_path.mkdir()
                 write_atomic(tmp_path / "progress.json", json.dumps(metadata, default=vars))
         with raise_on_all_ranks(doing):
-            if writes or is_sharded(accelerator):
+            if is_main or is_sharded(accelerator):
                 optimizer = state.optimizer.optimizer
                 with warnings.catch_warnings(action="ignore"):
                     dcp.save(_state_dict(state.policy, optimizer, bool(optimizer.state)),
                              checkpoint_id=tmp_path, no_dist=not is_sharded(accelerator))
-        # A network file system may not show all files on all machines yet.
-        names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
+        names = sorted(file.name for file in tmp_path.iterdir()) if is_main else []
         names = broadcast_object_list([names])[0]
         with raise_on_all_ranks(doing):
-            mine = {name: _digest(tmp_path / name) for name in _my_share(accelerator, names)}
-        digests = {name: value for part in gather_object([mine]) for name, value in part.items()}
+            digests = hash_files(accelerator, tmp_path, names)
         with raise_on_all_ranks(doing):
-            if writes:
-                write_atomic(tmp_path / "digests.json", json.dumps(digests | mine))
+            if is_main:
+                write_atomic(tmp_path / "digests.json", json.dumps(digests))
                 replace_dir(tmp_path, path)
                 for old in list_checkpoints(run_dir)[state.config.keep_checkpoints:]:
                     shutil.rmtree(old)
     except OSError:
-        shutil.rmtree(tmp_path, ignore_errors=True)  # frees the disk
+        if is_main:
+            shutil.rmtree(tmp_path, ignore_errors=True)  # frees the disk
         raise
 
 
@@ -358,15 +331,14 @@ def find_checkpoint(accelerator: Accelerator, config: SimpleNamespace) -> Path |
     none. Raises OSError if there are checkpoints and none is intact."""
     named, recorded = branch_origins(config)
     origin = [path for path in (named or recorded,) if path]
-    found = gather_object([[str(path) for path in list_checkpoints(config.run_dir) or origin]])
-    seen = set().union(*found)
-    for path in sorted(map(Path, seen), key=_step, reverse=True):
+    paths = broadcast_object_list([list_checkpoints(config.run_dir) or origin])[0]
+    for path in paths:
         problem = find_corruption(accelerator, path)
         if not problem:
             return path
-        accelerator.print(f"warning: {path} is damaged: {problem}")
-    if seen:
-        raise OSError(f"no checkpoint is intact of {', '.join(sorted(seen))}; start in another "
+        warn(accelerator, f"{path} is damaged: {problem}")
+    if paths:
+        raise OSError(f"no checkpoint is intact of {', '.join(map(str, paths))}; start in another "
                       "run_dir")
     return None
 
@@ -376,13 +348,24 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
     try:
         with raise_on_all_ranks("digests.json"):
             digests = dict(json.loads((path / "digests.json").read_text(encoding="utf-8")))
-        with raise_on_all_ranks("not what was written"):
-            for name in _my_share(accelerator, sorted(digests)):
-                if _digest(path / name) != digests[name]:
-                    raise ValueError(name)
-    except OSError as error:
+        found = hash_files(accelerator, path, sorted(digests))
+    except (OSError, ValueError) as error:
         return str(error)
-    return ""
+    return ", ".join(f"{name} is not what was written" for name in found
+                     if found[name] != digests[name])
+
+
+def hash_files(accelerator: Accelerator, folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of each file of the folder; the ranks share the work.
+    Raises ValueError or OSError on all ranks if one cannot be read."""
+    def hash_share(share: Sequence[str]) -> list[str]:
+        return [_digest(folder / name) for name in share]
+    return dict(zip(names, map_over_ranks(accelerator, hash_share, names, "hash"), strict=True))
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:
@@ -409,33 +392,16 @@ def _state_dict(policy, optimizer, trained: bool) -> dict:
     return state_dict
 
 
-def writes_checkpoints(accelerator: Accelerator) -> bool:
-    """Whether this rank writes what each disk has once."""
-    own_disks = accelerator.project_configuration.save_on_each_node
-    return accelerator.is_local_main_process if own_disks else accelerator.is_main_process
-
-
-def _my_share(accelerator: Accelerator, names: list[str]) -> list[str]:
-    """The files that this rank reads: ranks with the same disk share the work."""
-    if accelerator.project_configuration.save_on_each_node:
-        return names
-    return names[accelerator.process_index::accelerator.num_processes]
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _step(path: Path) -> int:
     digits = path.stem.rpartition("_")[2]
     return int(digits) if digits.isdigit() else 0
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Write a file: whenever the process dies, it has its old content or the new one."""
+    """Write a file: whenever the process or the machine dies, it has its old content or the new."""
     tmp_path = file.with_name(f".{file.name}.partial")
     tmp_path.write_text(text, encoding="utf-8")
+    _flush(tmp_path)
     tmp_path.replace(file)
 
 
@@ -444,5 +410,17 @@ def replace_dir(tmp_path: Path, path: Path) -> None:
     for file in tmp_path.iterdir():
         if file.suffix == ".safetensors":
             file.chmod(0o644)  # safetensors makes weights readable by their owner only
+        _flush(file)
+    _flush(tmp_path)
     shutil.rmtree(path, ignore_errors=True)
     tmp_path.rename(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a directory has."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

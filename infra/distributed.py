@@ -2,53 +2,37 @@
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
-
-@dataclass(frozen=True)
-class Remote:
-    """In the place of token ids (T,) that another rank has: T, and that rank."""
-    length: int
-    rank: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __array__(self, *_, **__):
-        raise ValueError(f"these {self.length} tokens are on rank {self.rank} only")
-
-
-def owner_of(accelerator: Accelerator, token_ids: np.ndarray | Remote) -> int:
-    """The rank that has the token ids."""
-    return token_ids.rank if isinstance(token_ids, Remote) else accelerator.process_index
+from data_types import Engine
 
 
 def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence], items: Sequence,
-                   owners: Sequence[int], doing: str) -> list:
-    """Every rank gets the results of all items in order: each is computed by the rank that
-    `owners` names for it.
+                   doing: str, ranks_per_share: int = 1) -> list:
+    """Every rank gets the results of all items in order; the ranks divide the work.
 
     Args:
-        function: from the items of a rank to a sequence of as many results.
+        function: from a share of the items to a sequence of as many results.
         doing: what an error message says was going on.
+        ranks_per_share: so many neighbouring ranks compute one share together.
     Raises:
         ValueError on all ranks if `function` raises on one of them; its own error on one process.
     """
-    results, error = [], ""
+    share, member = divmod(accelerator.process_index, ranks_per_share)
+    shares, results, error = accelerator.num_processes // ranks_per_share, [], ""
     try:
-        results = function([item for item, owner in zip(items, owners, strict=True)
-                            if owner == accelerator.process_index])
+        results = function(items[share::shares])
     except (OSError, ValueError) as failure:
         error = str(failure) or repr(failure)
     except Exception as failure:  # a bug: where it is matters
@@ -56,17 +40,20 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence
             raise
         traceback.print_exc()
         error = repr(failure)
-    gathered = gather_object([(results, error)])
+    gathered = gather_object([([] if member else results, error)])
     for _, error in gathered:
         if error:
             raise ValueError(f"{doing}: {error}")
-    return in_order([results for results, _ in gathered], owners)
+    ordered = [None] * len(items)
+    for i, (results, _) in enumerate(gathered[::ranks_per_share]):
+        ordered[i::shares] = results
+    return ordered
 
 
-def in_order(of_ranks: Sequence[Sequence], owners: Sequence[int]) -> list:
-    """One list of all ranks' results; `owners` has the rank of each."""
-    iterators = [iter(results) for results in of_ranks]
-    return [next(iterators[owner]) for owner in owners]
+def warn(accelerator: Accelerator, message: str) -> None:
+    """Print a warning above the progress bar, on the main process only."""
+    if accelerator.is_main_process:
+        tqdm.write(f"warning: {message}")
 
 
 @contextmanager
@@ -127,3 +114,14 @@ def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_processes(accelerator: Accelerator, engine: Engine) -> None:
+    """End the engine, the trackers and the process groups; of several processes, end this one."""
+    accelerator.wait_for_everyone()  # gloo may deadlock if ranks exit at different times
+    engine.close()  # before the process groups that it has joined are gone
+    accelerator.end_training()
+    if accelerator.num_processes > 1:  # gloo's own shutdown sometimes hangs; all work is done
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -5,6 +5,11 @@ is (B, T). Shapes: B responses, T response tokens, N all response tokens of a ba
 H hidden size.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
 from weakref import WeakSet
 
 import torch
@@ -12,37 +17,37 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from data_types import Prompt, Sample, SamplingParams, Stat, TrainState
 from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
-from infra.distributed import Remote
 from infra.memory import CHUNK_ELEMENTS, kept_elements
 from infra.packing import disable_packing, packing_kind
 from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
-from infra.setup import TrainState
-from rollout import SamplingParams, generate
-from sampling import Sample
+from losses import importance_weights, kl_penalty
 
 MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (soft-capping, scaling)
 
 
 @torch.no_grad()
 def compute_logprobs(state: TrainState, model: torch.nn.Module,
-                     samples: list[Sample]) -> list[Tensor | None]:
-    """Each response's log-probs (T,) under `model`, on the CPU, where the response is; else None.
-    """
+                     batches: Sequence[Sequence[Sample]]) -> dict[tuple[int, int], Tensor]:
+    """The log-probs (T,) of every sample in the mini-batches under `model`, on the CPU of every
+    rank, by the sample's key. A rank computes those of its share of each mini-batch."""
     config, accelerator = state.config, state.accelerator
-    here = [i for i, sample in enumerate(samples) if not isinstance(sample.response_ids, Remote)]
-    micros = micro_batches([samples[i] for i in here], config.actor.max_tokens_per_micro_batch,
-                           packed=bool(packing_kind(state.policy)))
-    most, found = max(gather_object([len(micros)])), [None] * len(samples)
-    for micro in micros + [[]] * (most - len(micros)):  # every rank runs the model equally often
-        indices = [here[i] for i in micro]
+    max_tokens, packed = config.actor.max_tokens_per_micro_batch, bool(packing_kind(state.policy))
+    own = []
+    for batch in batches:
+        own += chain(*micro_batches(batch, max_tokens, accelerator.process_index,
+                                    accelerator.num_processes, packed))
+    micros = micro_batches(sorted(own, key=lambda sample: sample.key), max_tokens, packed=packed)
+    count, found = max(gather_object([len(micros)])), {}
+    for micro in micros + [[]] * (count - len(micros)):  # every rank runs the model equally often
         with accelerator.autocast():
-            logprobs, _ = response_logprobs(model, make_batch(state, samples, indices),
+            logprobs, _ = response_logprobs(model, make_batch(state, micro),
                                             config.rollout.temperature)
-        for i, row in zip(indices, logprobs.cpu(), strict=False):  # an empty batch has a dummy row
-            found[i] = row[:len(samples[i].response_ids)].clone()
-    return found
+        for sample, row in zip(micro, logprobs.cpu(), strict=False):  # empty: a row of no sample
+            found[sample.key] = row[:len(sample.response_ids)].clone()
+    return dict(chain.from_iterable(share.items() for share in gather_object([found])))
 
 
 def response_logprobs(model: torch.nn.Module, batch: dict,
@@ -56,31 +61,31 @@ def response_logprobs(model: torch.nn.Module, batch: dict,
     """
     head, tokens = getattr(model, "module", model).get_output_embeddings(), batch["tokens"]
     fused = type(head) is torch.nn.Linear and head.bias is None and head not in MODIFIED_LOGITS
-    made = None
+    result = None
 
     def project(hidden: Tensor) -> Tensor:  # replaces the head's forward, when FSDP has it whole
-        nonlocal made
+        nonlocal result
         hidden = hidden.flatten(0, 1).index_select(0, batch["logit_positions"])  # (N, H)
         if not fused:
             forward = linear_fp32 if type(head) is torch.nn.Linear else type(head).forward
             return forward(head, hidden[None])  # (1, N, V)
-        made = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
-        return made[0]
+        result = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
+        return result[0]
 
     head.forward = project
     try:
         output = model(input_ids=batch["input_ids"], use_cache=False, **batch["packing_kwargs"])
     finally:
         del head.forward
-    if fused and output.logits is not made[0]:
+    if fused and output.logits is not result[0]:
         MODIFIED_LOGITS.add(head)
         return response_logprobs(model, batch, temperature)
     if not fused:
-        made = (value.squeeze(0) for value in
+        result = (value.squeeze(0) for value in
                 token_logprobs(output.logits, tokens[None], temperature))
     shape, positions = batch["mask"].shape, batch["flat_positions"]
     logprobs, entropy = (value.new_zeros(batch["mask"].numel()).index_copy(0, positions, value)
-                         for value in made)
+                         for value in result)
     return logprobs.view(shape), entropy.view(shape)
 
 
@@ -92,28 +97,28 @@ def fused_linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor,
     hidden, weight = round_like_autocast(hidden, weight)
     device = hidden.device
     gpu_memory = torch.cuda.get_device_properties(device).total_memory if hidden.is_cuda else 0
-    room = kept_elements(gpu_memory) if torch.is_grad_enabled() else 0
+    budget = kept_elements(gpu_memory) if torch.is_grad_enabled() else 0
     with torch.autocast(device.type, enabled=False):
-        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature, room)
+        return FusedLinearLogprobs.apply(hidden, weight, tokens, temperature, budget)
 
 
 class FusedLinearLogprobs(torch.autograd.Function):
-    """A chunk of logits z exists at a time. Chunks of log-probs stay for the backward pass, `room`
-    elements at most; the others are computed again. With p = softmax(z):
+    """A chunk of logits z exists at a time. Chunks of log-probs, `budget` elements
+    at most, stay for the backward pass; the others are computed again. With p = softmax(z):
 
         log-prob of token y: z_y - logsumexp(z)     its gradient by z: onehot(y) - p
         entropy H: -sum p log p                     its gradient by z: -p (log p + H)
     """
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float,
-                room: int) -> tuple[Tensor, Tensor]:
+                budget: int) -> tuple[Tensor, Tensor]:
         parts, kept = [], []
         for x, y in _chunks(weight, hidden, tokens):
             logp = _log_softmax(x, weight, temperature)  # (chunk, V)
             parts.append((logp.gather(1, y[:, None]).squeeze(1),
                           -torch.linalg.vecdot(logp.exp(), logp)))
-            room -= logp.numel()
-            kept += [logp] * (room >= 0)
+            budget -= logp.numel()
+            kept += [logp] * (budget >= 0)
         logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, tokens, entropy, *kept)
         ctx.temperature = temperature
@@ -131,13 +136,13 @@ class FusedLinearLogprobs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
         start = 0
         for x, y, g, h in _chunks(weight, hidden, tokens, grad_logprobs, entropy):
-            stays = bool(kept)  # for another backward pass: not to be overwritten
+            reused = bool(kept)  # by another backward pass: not to be overwritten
             z = kept.pop(0) if kept else _log_softmax(x, weight, ctx.temperature)  # log p
             if grad_entropy is None:
-                z = (z.exp() if stays else z.exp_()).mul_(-g[:, None])
+                z = (z.exp() if reused else z.exp_()).mul_(-g[:, None])
             else:
                 p, g_entropy = z.exp(), grad_entropy[start:start + len(x), None]
-                z = z + h[:, None] if stays else z.add_(h[:, None])
+                z = z + h[:, None] if reused else z.add_(h[:, None])
                 z.mul_(-g_entropy).sub_(g[:, None]).mul_(p)
             z.scatter_add_(1, y[:, None], g[:, None])
             if ctx.temperature != 1:
@@ -192,7 +197,18 @@ def _logprobs_and_entropy(logits: Tensor, tokens: Tensor,
 
 # ---- do sampler and trainer agree? ---------------------------------------------------------------
 
-def old_logprobs_are_rollouts(state: TrainState) -> bool:
+def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
+                   cap: float) -> dict[str, Stat]:
+    """How far the trainer's log-probs and the sampler's (NaN: unknown) differ, (B, T) each."""
+    ratio = importance_weights(old_logprobs, rollout_logprobs, mask, cap=math.inf)
+    known = ~rollout_logprobs.isnan()
+    return {"mismatch_abs": Stat((old_logprobs - rollout_logprobs).abs(), mask=known),
+            "mismatch_kl": Stat(kl_penalty(rollout_logprobs, old_logprobs, "k3"), mask=known),
+            "importance_ratio_max": Stat(ratio, "max", known),
+            "importance_ratio_clip_frac": Stat(ratio > cap, mask=known)}
+
+
+def uses_rollout_logprobs(state: TrainState) -> bool:
     """Whether the sampler's log-probs are the old ones. `actor.old_logprobs=auto`: if it is the
     trainer's own model in float32, so that a pass would only compute them again."""
     rollout, chosen = state.config.rollout, state.config.actor.old_logprobs
@@ -201,7 +217,7 @@ def old_logprobs_are_rollouts(state: TrainState) -> bool:
     return same if chosen == "auto" else chosen == "rollout"
 
 
-def logprob_tolerance(config) -> float:
+def logprob_tolerance(config: SimpleNamespace) -> float:
     """The largest mean difference between two ways to compute log-probs that rounding explains."""
     return {"float32": 1e-3, "float16": 0.02}.get(compute_dtype(config), 0.1)
 
@@ -219,26 +235,26 @@ def check_logprob_mismatch(state: TrainState, step: int, difference: float) -> N
                          f"{cause}")
 
 
-def check_weight_sync(state: TrainState, prompts: list) -> None:
+def check_weight_sync(state: TrainState, prompts: list[Prompt], generate: Callable) -> None:
     """Before the first step: compare log-probs of sampler and trainer on a few responses.
 
-    If they differ on packed rows, the model is trained on padded rows instead. Raises ValueError if
-    they differ on those too.
+    `generate` is that of rollout.py. If they differ on packed rows, the model is trained on padded
+    rows instead. Raises ValueError if they differ on those too.
     """
     config, accelerator = state.config, state.accelerator
-    some = [prompts[i % len(prompts)] for i in range(4)] * accelerator.num_processes  # all engines
+    some = [replace(prompts[i % len(prompts)], position=i)
+            for i in range(4 * accelerator.num_processes)]  # some for every engine
     params = SamplingParams(2, min(16, config.data.max_response_length), config.rollout.temperature)
-    groups = generate(state, some, range(len(some)), "weight sync", params)
-    pairs = [(Sample(prompt.token_ids, response.token_ids, 0.0), response)
-             for prompt, group in zip(some, groups, strict=True) for response in group]
+    groups, samples = generate(state, some, params, "weight sync", "weight sync"), []
+    for prompt, group in zip(some, groups, strict=True):
+        samples += [Sample(prompt.token_ids, response.token_ids, 0.0,
+                           rollout_logprobs=torch.from_numpy(response.logprobs),
+                           key=(prompt.position, i)) for i, response in enumerate(group)]
 
     def mean_difference() -> float:
-        logprobs = compute_logprobs(state, state.policy, [sample for sample, _ in pairs])
-        differences = torch.cat([(mine - torch.from_numpy(response.logprobs)).abs()
-                                 for mine, (_, response) in zip(logprobs, pairs, strict=True)
-                                 if mine is not None])
-        sums = gather_object([(differences.sum().item(), len(differences))])
-        return sum(total for total, _ in sums) / sum(count for _, count in sums)
+        logprobs = compute_logprobs(state, state.policy, [samples])
+        return torch.cat([logprobs[sample.key] - sample.rollout_logprobs
+                          for sample in samples]).abs().mean().item()
 
     difference = mean_difference()
     if packing_kind(state.policy) == "varlen" and difference > logprob_tolerance(config):

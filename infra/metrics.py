@@ -1,6 +1,5 @@
-"""What a run logs: timers, metrics of rollouts and losses, the log of a step, the final report."""
+"""What a run says of itself: the record and metrics of a step, tables, the final report."""
 
-import json
 import math
 import os
 import shlex
@@ -9,77 +8,68 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import zip_longest
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from tokenizers.decoders import DecodeStream
+from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
-from evaluate import Evaluations, format_tables, response_record
-from infra.checkpoint import Progress
-from infra.distributed import raise_on_all_ranks
-from infra.exchange import gather_on_main, send_to_main
+from data_types import Evaluation, Group, Progress, Sample, Stat, TrainState, Update
+from infra.config import escape_control
+from infra.distributed import warn
 from infra.memory import out_of_memory
-from infra.setup import TrainState
-from losses import Stat
 from reward import mean_extra
-from sampling import Group, Sample, keep_group
+
+PHASES = ("generate", "reward", "logprobs", "update", "sync")
 
 
-class Timer:
-    """Seconds and tokens of a step's phases: `with timer("generate"): ...`."""
-    PHASES = ("generate", "reward", "logprobs", "update", "sync")
+class StepRecord:
+    """What one step has done so far: the groups that it generated and trains, the seconds of its
+    phases, and the statistics of its updates, summed over its micro-batches.
 
-    def __init__(self) -> None:
-        self.seconds, self.tokens, self.start = Counter(), Counter(), time.perf_counter()
+    Every rank must add updates with the same statistics in the same order.
+    """
+    def __init__(self, step: int, config: SimpleNamespace) -> None:
+        self.step, self.start = step, time.perf_counter()
+        self.num_saved = config.save_rollouts if config.save_token_stats else 0
+        self.seconds, self.trained_tokens = Counter(), 0
+        self.generated, self.groups, self.advantages = [], [], None  # in the stream's order
+        self.gen_batches, self.grad_norms, self.skipped_updates = 0, [], 0
+        self.sums, self.counts, self.maxima = {}, {}, {}
+        self.token_stats = {}  # by a sample's key
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def timer(self, phase: str) -> Iterator[None]:
+        """Adds the block's seconds to a phase; ValueError with advice if it runs out of memory."""
         start = time.perf_counter()
         with out_of_memory(phase):
             yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def metrics(self, generated: list[Group]) -> dict[str, float]:
-        """`time/<phase>` and `time/step` in seconds, `tokens_per_s/<phase>`."""
-        self.tokens["generate"] = sum(len(response.token_ids) for group in generated
-                                      for response in group.responses)
-        step = time.perf_counter() - self.start
-        seconds = {phase: self.seconds[phase] for phase in self.PHASES}
-        seconds["other"] = step - sum(seconds.values())
-        metrics = {f"time/{phase}": value for phase, value in seconds.items()}
-        for phase, tokens in self.tokens.items():
-            metrics[f"tokens_per_s/{phase}"] = tokens / seconds[phase]
-        return metrics | {"time/step": step}
+    def add_generated(self, groups: Sequence[Group]) -> None:
+        """Add a generation batch."""
+        self.generated += groups
+        self.gen_batches += 1
 
+    def add_update(self, update: Update | None) -> None:
+        """Add an optimizer step; None changes nothing."""
+        if update is None:
+            return
+        saved = {group.prompt.position for group in self.groups[:self.num_saved]}
+        for samples, mask, stats in update.micro_batches:
+            for row, sample in enumerate(samples):
+                if sample.in_loss and sample.key[0] in saved:
+                    self._add_token_stats(stats, mask, row, sample)
+            self._add_stats(stats, mask)
+        self.trained_tokens += update.num_tokens
+        self.skipped_updates += update.grad_norm is None
+        self.grad_norms += [update.grad_norm] * (update.grad_norm is not None)
 
-class StatTotals:
-    """The statistics that losses return, summed over the micro-batches and ranks of a step; for
-    responses of the groups that are saved, those of each token too.
-
-    Every rank must add the same names in the same order.
-    """
-
-    def __init__(self, config: SimpleNamespace | None = None, groups: Sequence[Group] = ()) -> None:
-        self.sums, self.counts, self.maxima = {}, {}, {}
-        self.grad_norms, self.skipped_updates, self.token_stats = [], 0, {}  # by a sample's key
-        num_saved = config.save_rollouts if config and config.save_token_stats else 0
-        self.saved = {group.position for group in groups[:num_saved]}
-
-    def add(self, stats: dict[str, Stat], mask: Tensor, samples: Sequence[Sample] = ()) -> None:
-        """Add those of a micro-batch, whose loss has the mask (B, T): a row for each sample."""
-        for row, sample in enumerate(samples):
-            if sample.in_loss and sample.key and sample.key[0] in self.saved:
-                self._add_token_stats(stats, mask, row, sample)
+    def _add_stats(self, stats: dict[str, Stat], mask: Tensor) -> None:
+        """Add those of a micro-batch, whose loss has the mask (B, T)."""
         for name, (values, reduce, stat_mask) in stats.items():
             counted = mask if stat_mask is None else mask & stat_mask
-            values = values.detach()
             if reduce == "max":
                 largest = torch.where(counted, values, -torch.inf).max()
                 self.maxima[name] = torch.maximum(largest, self.maxima.get(name, largest))
@@ -100,22 +90,20 @@ class StatTotals:
         values, flags = {}, {}
         for name, stat in stats.items():
             if stat.values.dtype == torch.bool or name in ("ratio", "entropy", "token_prob"):
-                of_tokens = stat.values.detach().expand(mask.shape)[row, :len(sample.response_ids)]
-                if of_tokens.dtype == torch.bool:
-                    flags[name] = of_tokens.nonzero().flatten().tolist()
+                at_tokens = stat.values.expand(mask.shape)[row, :len(sample.response_ids)]
+                if at_tokens.dtype == torch.bool:
+                    flags[name] = at_tokens.nonzero().flatten().tolist()
                 else:
-                    values[name] = [float(f"{value:.4g}") for value in of_tokens.tolist()]
+                    values[name] = [float(f"{value:.4g}") for value in at_tokens.tolist()]
         update = len(self.grad_norms) + self.skipped_updates + 1  # of this step
         self.token_stats[sample.key] = {"update": update, "values": values, "flags": flags}
 
-    def gather_token_stats(self, accelerator: Accelerator) -> dict[tuple[int, int], dict]:
-        """On the main process, by its key: a sample's statistics when it was trained last, on any
-        rank."""
-        found = [item for of_rank in send_to_main(accelerator, self.token_stats)
-                 for item in of_rank.items()]
+    def gather_token_stats(self) -> dict[tuple[int, int], dict]:
+        """By its key, a sample's statistics when it was trained last, on any rank."""
+        found = [item for stats in gather_object([self.token_stats]) for item in stats.items()]
         return dict(sorted(found, key=lambda item: item[1]["update"]))
 
-    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+    def reduce_stats(self, accelerator: Accelerator) -> dict[str, float]:
         """The statistics over all ranks; a mean or maximum over no token is left out."""
         names = [*self.sums, *(f"{name} count" for name in self.counts)]
         totals = accelerator.reduce(torch.stack([*self.sums.values(), *self.counts.values()]))
@@ -131,20 +119,58 @@ class StatTotals:
         return results
 
 
-def actor_metrics(accelerator: Accelerator, totals: StatTotals, lr: float) -> dict[str, float]:
+# ---- metrics -------------------------------------------------------------------------------------
+
+def step_metrics(state: TrainState, record: StepRecord, buffer: Sequence[Group],
+                 counters: dict[str, float],
+                 evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, float]:
+    """The row of a step in metrics.jsonl (docs/METRICS.md); `evaluations` of this step, if any."""
+    validation = validation_metrics(evaluations)
+    step_seconds = time.perf_counter() - record.start - validation.get("time/validate", 0.0)
+    metrics = {**counters, "gen_batches": record.gen_batches,
+               **rollout_metrics(state.config, record.generated, buffer, record.groups)}
+    if record.groups:
+        lr = state.optimizer.param_groups[0]["lr"]
+        metrics |= actor_metrics(state.accelerator, record, lr)
+    return metrics | time_metrics(record, step_seconds) | validation
+
+
+def validation_metrics(evaluations: dict[str, dict[str, Evaluation]]) -> dict[str, float]:
+    """`val/<set>/<metric>` and `time/validate`; {} if there is no evaluation."""
+    metrics, seconds = {}, 0.0
+    for by_set in evaluations.values():
+        for name, evaluation in by_set.items():
+            metrics |= {f"val/{name}/{key}": value for key, value in evaluation.metrics.items()}
+            seconds += evaluation.seconds
+    return metrics | {"time/validate": seconds} if metrics else {}
+
+
+def time_metrics(record: StepRecord, step_seconds: float) -> dict[str, float]:
+    """`time/<phase>` and `time/step` in seconds, `tokens_per_s/<phase>`."""
+    metrics = {f"time/{phase}": record.seconds[phase] for phase in PHASES}
+    metrics["time/other"] = step_seconds - sum(metrics.values())
+    generated = sum(len(response.token_ids) for group in record.generated
+                    for response in group.responses)
+    metrics["tokens_per_s/generate"] = generated / record.seconds["generate"]
+    if record.trained_tokens:
+        metrics["tokens_per_s/update"] = record.trained_tokens / record.seconds["update"]
+    return metrics | {"time/step": step_seconds}
+
+
+def actor_metrics(accelerator: Accelerator, record: StepRecord, lr: float) -> dict[str, float]:
     """Metrics of a step's update: means over its optimizer steps (loss, gradient norm) or over its
     tokens in the loss (`actor/<name>` of every statistic that the loss returns)."""
-    metrics, norms = {"actor/lr": lr}, totals.grad_norms
+    metrics, norms = {"actor/lr": lr}, record.grad_norms
     if accelerator.scaler:  # fp16
-        metrics |= {"actor/skipped_updates": totals.skipped_updates,
-                    "actor/loss_scale": accelerator.scaler.get_scale()}
-        if totals.skipped_updates and not norms and accelerator.is_main_process:
-            tqdm.write("warning: fp16: the gradients of all updates of this step overflow, so that "
-                       f"none was applied; scale of the loss: {accelerator.scaler.get_scale():g}")
-    if not totals.sums:  # every response was truncated and masked
+        scale = accelerator.scaler.get_scale()
+        metrics |= {"actor/skipped_updates": record.skipped_updates, "actor/loss_scale": scale}
+        if record.skipped_updates and not norms:
+            warn(accelerator, "fp16: the gradients of all updates of this step overflow, so that "
+                              f"none was applied; scale of the loss: {scale:g}")
+    if not record.sums:  # every response was truncated and masked
         return metrics
-    stats = totals.reduce(accelerator)
-    stats["loss"] /= len(norms) + totals.skipped_updates
+    stats = record.reduce_stats(accelerator)
+    stats["loss"] /= len(norms) + record.skipped_updates
     if norms:
         metrics |= {"actor/grad_norm": mean(norms), "actor/max_grad_norm": max(norms)}
     return metrics | {f"actor/{name}": value for name, value in stats.items()}
@@ -156,8 +182,8 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[Group],
-                    trained: list[Group]) -> dict[str, float]:
+def rollout_metrics(config: SimpleNamespace, generated: Sequence[Group], kept: Sequence[Group],
+                    trained: Sequence[Group]) -> dict[str, float]:
     """Metrics of a step's rollouts: all generated groups, those kept, those trained."""
     overlong_start = math.inf
     if config.overlong_buffer.enable:
@@ -193,134 +219,56 @@ def rollout_metrics(config: SimpleNamespace, generated: list[Group], kept: list[
     return metrics
 
 
-def token_texts(tokenizer, token_ids: np.ndarray) -> list[str]:
-    """The text of each token; a character that several tokens make comes with the last of them."""
-    backend, texts = getattr(tokenizer, "backend_tokenizer", None), []
-    if backend is None:
-        return tokenizer.batch_decode([[token] for token in token_ids.tolist()])
-    stream = DecodeStream(skip_special_tokens=False)
-    for token in token_ids.tolist():
-        try:
-            texts.append(stream.step(backend, token) or "")
-        except Exception:  # the tokens so far are bytes that are no text
-            stream = DecodeStream(skip_special_tokens=False)
-            texts.append(backend.decode([token], skip_special_tokens=False))
-    return texts
+# ---- text ----------------------------------------------------------------------------------------
 
-
-def drop_reason(group: Group, filter_groups: SimpleNamespace, skipped: bool) -> str:
-    """Why a group was not trained. `skipped`: the step was."""
-    if keep_group(group, filter_groups):
-        return "step skipped" if skipped else "beyond train_batch_size"
-    accs = {score.acc for score in group.scores}
-    if accs == {1}:
-        return "all correct"
-    return "all wrong" if accs == {0} else f"same {filter_groups.metric}"
-
-
-def rollout_records(step: int, groups: list[Group], advantages: list | None,
-                    reasons: dict[int, str], token_stats: dict) -> Iterator[str]:
-    """Lines of a rollout file: a response each, with all that belongs to it, as JSON in ASCII, so
-    that nothing the policy wrote reaches a terminal. `advantages` is None if the groups were not
-    trained, for the `reasons` by position. `token_stats`: see `gather_token_stats`.
-    """
-    for g, group in enumerate(groups):
-        for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
-            advantage = advantages[g][i] if advantages is not None else None
-            if isinstance(advantage, Tensor):  # one per token
-                advantage = advantage.tolist()
-            yield json.dumps({
-                "step": step, "position": group.position,
-                **response_record(group.prompt, response, score), "reward": group.rewards[i],
-                "final_reward": group.final_rewards[i], "advantage": advantage,
-                "dropped": reasons.get(group.position),
-                "token_stats": token_stats.get((group.position, i))}) + "\n"
-
-
-def log_step(state: TrainState, metrics: dict, generated: Sequence[Group] = (),
-             groups: Sequence[Group] = (), advantages: list | None = None,
-             totals: StatTotals | None = None) -> None:
-    """Write a row to metrics.jsonl and the tracker, and some of the groups that were generated, and
-    of those that were trained, `groups`, to rollouts/."""
-    run_dir, step = Path(state.config.run_dir), metrics["step"]
-    saved = None
-    if generated and state.config.save_rollouts:
-        token_stats = totals.gather_token_stats(state.accelerator)
-        saved = select_saved(state, generated, groups)
-    with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
-        state.accelerator.log(metrics, step=step)
-        if state.accelerator.is_main_process:
-            with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if saved:
-                write_rollouts(state, step, *saved, advantages, token_stats)
-
-
-def select_saved(state: TrainState, generated: Sequence[Group], groups: Sequence[Group]
-                 ) -> tuple[list[Group], list[Group], dict[int, str]]:
-    """The groups to save, whole on the main process: the first that were trained; as many of those
-    that were not, of all reasons in turn. And by position, why groups were not trained."""
-    config, trained, reasons, by_reason = state.config, {g.position for g in groups}, {}, {}
-    for group in generated:
-        if group.position not in trained:
-            reason = drop_reason(group, config.filter_groups, skipped=not groups)
-            reasons[group.position] = reason
-            by_reason.setdefault(reason, []).append(group)
-    turns = zip_longest(*by_reason.values())  # the first of each reason, the second of each, ...
-    dropped = [group for turn in turns for group in turn if group]
-    saved = []
-    for some in (groups[:config.save_rollouts], dropped[:config.save_rollouts]):
-        whole = gather_on_main(state.accelerator, [group.responses for group in some])
-        saved.append([replace(group, responses=responses)
-                      for group, responses in zip(some, whole, strict=True)])
-    return *saved, reasons
-
-
-def write_rollouts(state: TrainState, step: int, groups: list[Group], dropped: list[Group],
-                   reasons: dict[int, str], advantages: list | None, token_stats: dict) -> None:
-    """Write two files: step_N, groups that were trained; dropped_N, groups that were not. Of a
-    skipped step those are step_N."""
-    for group in groups:
-        for i, response in enumerate(group.responses):
-            if stats := token_stats.get((group.position, i)):
-                stats["texts"] = token_texts(state.tokenizer, response.token_ids)
-    rollouts = Path(state.config.run_dir) / "rollouts"
-    lines = rollout_records(step, groups or dropped, advantages, reasons, token_stats)
-    (rollouts / f"step_{step:05d}.jsonl").write_text("".join(lines), "utf-8")
-    if groups and dropped:
-        lines = rollout_records(step, dropped, None, reasons, token_stats)
-        (rollouts / f"dropped_{step:05d}.jsonl").write_text("".join(lines), "utf-8")
-
-
-def progress_text(metrics: dict, evaluations: Evaluations) -> str:
-    """What the progress bar shows of a step."""
+def progress_text(metrics: dict[str, float],
+                  evaluations: dict[str, dict[str, Evaluation]]) -> str:
+    """What the progress bar shows of a step, and of the last validation."""
     parts = [f"reward {metrics['reward/mean']:.2f}"]
     if "acc/before_filter" in metrics:
         parts.append(f"acc {metrics['acc/before_filter']:.2f}")
-    for name, of_set in evaluations.items():
-        latest = of_set.get("after", of_set.get("before"))
-        parts += [f"{name} {value:.3f}" for key, value in latest.metrics.items()
+    latest = evaluations.get("after") or evaluations.get("before", {})
+    for name, evaluation in latest.items():
+        parts += [f"{name} {value:.3f}" for key, value in evaluation.metrics.items()
                   if key.startswith(("avg@", "score@"))]
     return ", ".join([*parts, f"length {metrics['response_length/mean']:.0f}",
                       f"kept {metrics['groups/kept']:.0%}"])
 
 
-def print_report(config: SimpleNamespace, progress: Progress, seconds: float,
-                 finished: bool) -> None:
+def format_tables(evaluations: dict[str, dict[str, Evaluation]]) -> str:
+    """A table for each validation set: a row for each level and one for all prompts, and a block of
+    columns for each title (before, after; or the name of a model)."""
+    lines = []
+    for name, first in next(iter(evaluations.values()), {}).items():
+        columns = [column for column in first.metrics if "/" not in column]
+        head = "".join(f"{column.replace('response_length', 'length'):>9}" for column in columns)
+        titles = [f"{title:<{len(head)}}" for title in evaluations]
+        rows = [[" " * 12, *titles], [" " * 12, *[head] * len(titles)]]
+        for level in [*first.by_level, "all"]:
+            rows.append([f"{level:<12}"])
+            for by_set in evaluations.values():
+                metrics = by_set[name].by_level.get(level, by_set[name].metrics)
+                cells = [f"{metrics.get(column, math.nan):>9.3f}" for column in columns]
+                rows[-1].append("".join(cells))
+        lines += [name, *("   ".join(row).rstrip() for row in rows), ""]
+    return "\n".join(map(escape_control, lines[:-1]))
+
+
+def print_report(config: SimpleNamespace, progress: Progress, seconds: float) -> None:
     """Print validation before and after, one problem's responses, and where the results are; or
     how to resume, if the run was stopped."""
-    evaluations = progress.evaluations
-    if not finished:
+    evaluations, step = progress.evaluations, progress.counters["step"]
+    if step < config.total_training_steps:
         launcher = "accelerate launch" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"
         command = shlex.join(word for word in sys.argv if not word.startswith("resume="))
-        print(f"stopped and saved after step {progress.counters['step']}. To resume, with the same "
-              f"options of the launcher:\n{launcher} {command} resume=auto")
+        print(f"stopped and saved after step {step}. To resume, with the same options of the "
+              f"launcher:\n{launcher} {command} resume=auto")
         return
     if evaluations:
-        of_set = next(iter(evaluations.values()))
-        first = next(iter(of_set.values()))
-        print(f"\n{format_tables(evaluations)}\n\n{first.prompt!r}, answer {first.answer!r}:")
-        for title, evaluation in of_set.items():
+        first = {title: next(iter(by_set.values())) for title, by_set in evaluations.items()}
+        prompt, answer = next((one.prompt, one.answer) for one in first.values())
+        print(f"\n{format_tables(evaluations)}\n\n{prompt!r}, answer {answer!r}:")
+        for title, evaluation in first.items():
             for text in evaluation.examples[:4]:
                 print(f"  {title:<8}{text!r}")
     models = ", model/ (merged) and adapter/" if config.model.lora_rank else " and model/"

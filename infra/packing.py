@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from infra.precision import round_like_autocast
 
 PACKED_ATTENTION = "packed_attention"  # its name among those of transformers
-SHORTEST = 0.75  # the shortest sequence of a block, as a part of its longest
+MIN_LENGTH_RATIO = 0.75  # of the shortest sequence of a block to its longest
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -75,7 +75,7 @@ def make_blocks(lengths: tuple[int, ...], device: torch.device) -> tuple:
     sequences = torch.arange(sum(lengths)).split(lengths)
     for positions, following in zip(sequences, [*lengths[1:], 0], strict=True):
         rows.append(positions)
-        if following < SHORTEST * len(rows[0]):
+        if following < MIN_LENGTH_RATIO * len(rows[0]):
             padded = pad_sequence(rows, batch_first=True, padding_value=-1)
             shapes.append(tuple(padded.shape))
             gather.append(padded.flatten())

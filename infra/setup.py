@@ -3,7 +3,7 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -27,13 +27,12 @@ from data_types import Data, Engine, TrainState
 from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import load_data
 from infra.distributed import is_sharded, iter_full_weights
-from infra.experts import find_routers
 from infra.lora import BasePolicy, add_adapters
 from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
-from rollout import stop_token_ids, transformers_engine
+from infra.tokens import stop_token_ids
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
@@ -42,10 +41,12 @@ LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
 
 @one_line_errors()
 @out_of_memory("start")
-def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, Data]:
+def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
+          training: bool = True) -> tuple[TrainState, Data]:
     """The state of a run and its prompts; without `training`, only those for validation.
 
-    Raises SystemExit with one line if the config names something that does not load.
+    `transformers_engine` is that of rollout.py, for runs without vLLM. Raises SystemExit with one
+    line if the config names something that does not load.
     """
     if not gc.get_freeze_count():
         gc.freeze()  # what is imported stays: looking through it again takes 2% of a step
@@ -62,7 +63,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
     scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
                          config.reward.timeout, examples)
     policy = load_model(config)
-    accelerator.print(describe_model(config, policy))
+    accelerator.print(describe_model(policy))
     if training and config.model.lora_rank:
         accelerator.print(add_adapters(config, policy))
     for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
@@ -80,7 +81,7 @@ def setup(config: SimpleNamespace, training: bool = True) -> tuple[TrainState, D
     if training:
         report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
                       uses_vllm(config))
-    engine = make_engine(config, accelerator, policy, tokenizer)
+    engine = make_engine(config, accelerator, policy, tokenizer, transformers_engine)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies
                                   weight_decay=config.actor.weight_decay)
@@ -193,20 +194,11 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     return model
 
 
-def describe_model(config: SimpleNamespace, model: torch.nn.Module) -> str:
-    """A line about the model. Raises ValueError if it lacks the routers that a key is for."""
+def describe_model(model: torch.nn.Module) -> str:
+    """A line about the model."""
     attention = model.config._attn_implementation.replace(PACKED_ATTENTION, "sdpa")
-    text = (f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f}M parameters, attention "
+    return (f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f}M parameters, attention "
             f"{attention}, {'packed' if packing_kind(model) else 'padded'} rows")
-    coef, routers = config.actor.router_aux_loss_coef, find_routers(model)
-    if routers:
-        own = getattr(model.config, "router_aux_loss_coef", "none")
-        text += (f", load-balancing loss of its experts {f'times {coef}' if coef else 'off'} (the "
-                 f"model's own: {own})")
-    elif coef:
-        raise ValueError(f"actor.router_aux_loss_coef={coef}: {type(model).__name__} has no router "
-                         "of experts; set it to 0")
-    return text
 
 
 def named_attention(config: SimpleNamespace) -> str | None:
@@ -216,7 +208,7 @@ def named_attention(config: SimpleNamespace) -> str | None:
 
 
 def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
-                tokenizer) -> Engine:
+                tokenizer, transformers_engine: Callable[..., Engine]) -> Engine:
     """The rollout engine by `rollout.mode` and `rollout.backend`. Raises ValueError if it is not
     available, OSError if servers do not answer."""
     backend, tp_size = config.rollout.backend, config.rollout.tensor_parallel_size
@@ -291,10 +283,7 @@ def sync_weights(state: TrainState) -> None:
     state.engine.sync(iter_full_weights(state.accelerator.unwrap_model(state.policy), tied=True))
 
 
-def set_learning_rate(state: TrainState, step: int) -> float:
-    """Set and return the learning rate of a step: constant after a linear warm-up."""
-    actor = state.config.actor
-    lr = actor.lr * min(1.0, step / max(1, actor.lr_warmup_steps))
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+def set_learning_rate(optimizer: torch.optim.Optimizer, actor: SimpleNamespace, step: int) -> None:
+    """Set the learning rate of a step: constant after a linear warm-up."""
+    for group in optimizer.param_groups:
+        group["lr"] = actor.lr * min(1.0, step / max(1, actor.lr_warmup_steps))

@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from data_types import Engine, Response, SamplingParams
 from infra.config import compute_dtype
-from rollout import make_responses
+from infra.tokens import make_responses
 
 
 def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,

@@ -1,0 +1,107 @@
+"""The files of a run that tell its story: metrics.jsonl, and responses in rollouts/."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from torch import Tensor
+
+from data_types import Group, Prompt, Response, Score, TrainState
+from infra.distributed import raise_on_all_ranks
+from infra.metrics import StepRecord
+from infra.tokens import token_texts
+
+
+def write_step(state: TrainState, record: StepRecord, buffer: Sequence[Group],
+               metrics: dict[str, float]) -> None:
+    """Write the metrics to metrics.jsonl and the tracker; and some groups to rollouts/, of those
+    that the step trained and of those that it did not."""
+    run_dir, step, token_stats = Path(state.config.run_dir), record.step, {}
+    if state.config.save_rollouts and record.generated:
+        token_stats = record.gather_token_stats()
+    with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
+        state.accelerator.log(metrics, step=step)
+        if state.accelerator.is_main_process:
+            with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if state.config.save_rollouts and record.generated:
+                write_rollouts(state, record, buffer, token_stats)
+
+
+def write_rollouts(state: TrainState, record: StepRecord, buffer: Sequence[Group],
+                   token_stats: dict[tuple[int, int], dict]) -> None:
+    """Write two files: step_N, groups that were trained; dropped_N, groups that were not. Of a
+    skipped step those are step_N. `token_stats` are those of `StepRecord.gather_token_stats`."""
+    config, groups, reasons, by_reason = state.config, record.groups, {}, {}
+    trained = {group.prompt.position for group in groups}
+    kept = {group.prompt.position for group in buffer}
+    for group in record.generated:
+        if (position := group.prompt.position) not in trained:
+            reason = reasons[position] = drop_reason(group, position in kept, not groups,
+                                                     config.filter_groups.metric)
+            by_reason.setdefault(reason, []).append(group)
+    turns = zip_longest(*by_reason.values())  # the first of each reason, the second of each, ...
+    dropped = [group for turn in turns for group in turn if group][:config.save_rollouts]
+    groups = groups[:config.save_rollouts]
+    for group in groups:
+        for i, response in enumerate(group.responses):
+            if stats := token_stats.get((group.prompt.position, i)):
+                stats["texts"] = token_texts(state.tokenizer, response.token_ids)
+    rollouts = Path(config.run_dir) / "rollouts"
+    lines = rollout_records(record.step, groups or dropped, record.advantages, reasons, token_stats)
+    (rollouts / f"step_{record.step:05d}.jsonl").write_text("".join(lines), "utf-8")
+    if groups and dropped:
+        lines = rollout_records(record.step, dropped, None, reasons, token_stats)
+        (rollouts / f"dropped_{record.step:05d}.jsonl").write_text("".join(lines), "utf-8")
+
+
+def drop_reason(group: Group, kept: bool, skipped: bool, metric: str) -> str:
+    """Why a group was not trained. `kept`: by the filter, on this `metric`; `skipped`: the step."""
+    accs = {score.acc for score in group.scores}
+    if kept:
+        return "step skipped" if skipped else "beyond train_batch_size"
+    if accs == {1}:
+        return "all correct"
+    return "all wrong" if accs == {0} else f"same {metric}"
+
+
+def rollout_records(step: int, groups: list[Group], advantages: list | None,
+                    reasons: dict[int, str], token_stats: dict) -> Iterator[str]:
+    """Lines of a rollout file: a response each, with all that belongs to it, as JSON in ASCII, so
+    that nothing the policy wrote reaches a terminal. `advantages` is None if the groups were not
+    trained, for the `reasons` by position.
+    """
+    for g, group in enumerate(groups):
+        for i, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
+            advantage = advantages[g][i] if advantages is not None else None
+            if isinstance(advantage, Tensor):  # one per token
+                advantage = advantage.tolist()
+            yield json.dumps({
+                "step": step, "position": group.prompt.position,
+                **response_record(group.prompt, response, score), "reward": group.rewards[i],
+                "final_reward": group.final_rewards[i], "advantage": advantage,
+                "dropped": reasons.get(group.prompt.position),
+                "token_stats": token_stats.get((group.prompt.position, i))}) + "\n"
+
+
+def response_record(prompt: Prompt, response: Response, score: Score) -> dict:
+    """What a file of responses says of one response."""
+    return {"prompt": prompt.text, "answer": prompt.answer, "response": response.text,
+            "tokens": len(response.token_ids), "finish_reason": response.finish_reason,
+            "pred": score.pred, "acc": score.acc, "score": score.score, "status": score.status,
+            **{f"reward/{name}": value for name, value in score.extra.items()}}
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The complete rows of a run's metrics.jsonl; the last may be half written. Raises ValueError
+    if another is not JSON."""
+    path, rows = Path(run_dir) / "metrics.jsonl", []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not valid JSON: delete this line") from None
+    return rows

@@ -1,0 +1,45 @@
+"""Between token ids and text: what ends a response, responses from token ids, single tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from data_types import Response
+
+
+def stop_token_ids(model, tokenizer) -> list[int]:
+    """Every token that ends a response: the model's generation config may name several."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+
+
+def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
+                   n: int) -> list[list[Response]]:
+    """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and whether
+    the last token ended them. Raises ValueError if a log-prob is not finite."""
+    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+    responses = []
+    for (ids, logprobs, stopped), text in zip(rows, texts, strict=True):
+        if logprobs is None:
+            logprobs = np.full(len(ids), np.nan, dtype=np.float32)
+        elif not np.isfinite(logprobs).all():
+            raise ValueError("log-probs are not finite: the policy has diverged, or overflows")
+        responses.append(Response(ids, logprobs, text, "stop" if stopped else "length"))
+    return [responses[i:i + n] for i in range(0, len(responses), n)]
+
+
+def token_texts(tokenizer, token_ids: np.ndarray) -> list[str]:
+    """The text of each token; a character that several tokens make comes with the last of them."""
+    backend, texts = getattr(tokenizer, "backend_tokenizer", None), []
+    if backend is None:
+        return tokenizer.batch_decode([[token] for token in token_ids.tolist()])
+    stream = DecodeStream(skip_special_tokens=False)
+    for token in token_ids.tolist():
+        try:
+            texts.append(stream.step(backend, token) or "")
+        except Exception:  # incomplete UTF-8
+            stream = DecodeStream(skip_special_tokens=False)
+            texts.append(backend.decode([token], skip_special_tokens=False))
+    return texts
