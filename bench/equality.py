@@ -1,6 +1,6 @@
 """Whether two checkouts are the same algorithm to the bit, as after a refactoring.
 
-    python bench/equality.py OLD NEW [--steps 5] [key.sub=value ...]
+    python bench/equality.py OLD NEW [--steps 5] [--processes 2] [key.sub=value ...]
 
 OLD and NEW are directories of clones. Each runs its embedded task (`config.yaml` and the overrides)
 with seed 0; then responses, rewards, advantages, metrics (losses among them; times aside) and final
@@ -32,10 +32,12 @@ RESPONSE = ("position", "prompt", "answer", "response", "tokens", "finish_reason
             "reward", "final_reward", "advantage")
 
 
-def run(checkout: str, run_dir: Path, overrides: list[str]) -> None:
+def run(checkout: str, run_dir: Path, processes: int, overrides: list[str]) -> None:
     """Train in a checkout. Raises SystemExit with the end of its output if that fails."""
-    command = [sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
-               "seed=0", "save_rollouts=100000", *overrides]
+    launcher = ["-m", "torch.distributed.run", "--master-port=29561",
+                f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "train_dapo.py", "--config", "config.yaml",
+               f"run_dir={run_dir}", "seed=0", "save_rollouts=100000", *overrides]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"error: {checkout}: {result.stderr[-2000:]}")
@@ -86,20 +88,21 @@ def main() -> None:
     parser.add_argument("old", help="directory of a clone")
     parser.add_argument("new", help="directory of a clone")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dirs = [Path(folder, "old"), Path(folder, "new")]
         for checkout, run_dir in zip((args.old, args.new), run_dirs, strict=True):
-            run(checkout, run_dir, [f"total_training_steps={args.steps}", *args.overrides])
+            run(checkout, run_dir, args.processes,
+                [f"total_training_steps={args.steps}", *args.overrides])
         differences, lacking = compare(*run_dirs)
     for difference in differences[:20]:
         print(f"differs: {difference}")
     if lacking:
         print(f"metrics of one side only: {', '.join(lacking)}")
-    print(f"{args.steps} steps, {len(differences)} differences in responses, advantages, metrics "
-          f"and "
-          f"weights (goal 0): {'different' if differences else 'the same to the bit'}")
+    print(f"{args.steps} steps, {args.processes} processes, {len(differences)} differences in "
+          f"responses, advantages, metrics and weights (goal 0): {'different' if differences else 'the same to the bit'}")
     sys.exit(bool(differences))
 
 

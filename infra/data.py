@@ -25,7 +25,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 
-Task = str | tuple[tuple[str, str], ...]  # a text; or a chat, (role, content) of each message
+RawPrompt = str | tuple[tuple[str, str], ...]  # a text; or a chat, (role, content) of each message
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
@@ -107,13 +107,13 @@ def find_column(row: dict, keys: str):
     return None
 
 
-def read_task(location: str, row: dict, data: SimpleNamespace) -> Task:
-    """The task of a row, before the templates. Raises ValueError, with `location`, without one."""
-    task = find_column(row, data.prompt_key)
-    if isinstance(task, str):
-        return task
+def read_raw_prompt(location: str, row: dict, data: SimpleNamespace) -> RawPrompt:
+    """The prompt of a row, before the templates. Raises ValueError, with `location`, without one."""
+    raw = find_column(row, data.prompt_key)
+    if isinstance(raw, str):
+        return raw
     try:
-        chat = tuple([(message["role"], message["content"]) for message in task])
+        chat = tuple([(message["role"], message["content"]) for message in raw])
         if chat and all(isinstance(text, str) for message in chat for text in message):
             return chat
     except (TypeError, KeyError):
@@ -147,13 +147,14 @@ def column_error(location: str, row: dict, data: SimpleNamespace, key: str,
                       f" set data.{key}, or fix the row")
 
 
-def tokenize(location: str, task: Task, tokenizer, data: SimpleNamespace) -> tuple[str, list[int]]:
-    """The text that the policy reads for a task, and its token ids.
+def tokenize(location: str, raw: RawPrompt, tokenizer,
+             data: SimpleNamespace) -> tuple[str, list[int]]:
+    """The text that the policy reads for a prompt, and its token ids.
 
     The prompt template applies to a chat's last message. Without a chat template, messages become
     paragraphs. Raises ValueError, with `location`, if the chat template or the tokenizer fails.
     """
-    messages = (("user", task),) if isinstance(task, str) else task
+    messages = (("user", raw),) if isinstance(raw, str) else raw
     chat = [{"role": role, "content": text} for role, text in messages]
     chat[-1]["content"] = data.prompt_template.replace("{prompt}", chat[-1]["content"])
     templated = bool(data.apply_chat_template and tokenizer.chat_template)
@@ -169,25 +170,25 @@ def tokenize(location: str, task: Task, tokenizer, data: SimpleNamespace) -> tup
 
 
 def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int = 0,
-                 seen: dict[Task, Prompt] | None = None,
+                 seen: dict[RawPrompt, Prompt] | None = None,
                  log: Callable[[str], None] = lambda line: None) -> tuple[list[Prompt], Counter]:
     """The prompts of a source (its first `max_prompts`, if positive), and what was counted.
 
     `log` gets the counts as a line: `rows` read, those whose prompt is `repeated`, those of these
-    `with another answer`, and `overlong` ones. `seen` holds the first prompt of each task, of
+    `with another answer`, and `overlong` ones. `seen` holds the first of equal prompts, of
     earlier sources too. Equal rows share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
     seen = {} if seen is None else seen
     for location, row in tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
                               disable=os.environ.get("RANK", "0") != "0"):
-        task = read_task(location, row, data)
-        prompt = first = seen.get(task)
+        raw = read_raw_prompt(location, row, data)
+        prompt = first = seen.get(raw)
         if not first or first.row != row:
             text, ids = (first.text, first.token_ids) if first else tokenize(
-                location, task, tokenizer, data)
+                location, raw, tokenizer, data)
             prompt = Prompt(counts["rows"], text, ids, read_answer(location, row, data), row)
-            seen.setdefault(task, prompt)
+            seen.setdefault(raw, prompt)
         counts["rows"] += 1
         if first:
             counts["repeated"] += 1
@@ -229,15 +230,15 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
     paths = [Path(source.partition(":")[0]) for source in sources]
     names = [path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths]
     for name, source in zip(names, sources, strict=True):
-        of_val: dict[Task, Prompt] = {}
+        known: dict[RawPrompt, Prompt] = {}
         try:
             prompts, _ = load_prompts(source, tokenizer, config.data, config.val.max_prompts,
-                                      of_val, log)
+                                      known, log)
         except ValueError as error:
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` "
                              "trains without validation)") from error
         val[name if names.count(name) == 1 else source] = prompts
-        if leaked := len(of_val.keys() & seen.keys()):
-            log(f"warning: {source}: {leaked} of its {len(of_val)} prompts are in data.train_file "
+        if leaked := len(known.keys() & seen.keys()):
+            log(f"warning: {source}: {leaked} of its {len(known)} prompts are in data.train_file "
                 "too")
     return Data(train, val)

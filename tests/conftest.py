@@ -7,8 +7,8 @@ long, start servers or several processes, or kill some.
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +22,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from reward import Score  # noqa: E402
-from rollout import Response  # noqa: E402
-from sampling import Group  # noqa: E402
+from data_types import Data, Group, Progress, Response, Sample, Score  # noqa: E402
 
 TINY = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4",
         "actor.ppo_mini_batch_size=8", "total_training_steps=2", "val.max_prompts=6", "val.n=2"]
@@ -90,30 +88,37 @@ def make_state(tmp_path):
     `double`: the policy in float64."""
     from infra.config import load_config
     from infra.setup import setup
+    from rollout import transformers_engine
 
     def make_state(*overrides: str, double: bool = False):
         config = load_config("config.yaml", [f"run_dir={tmp_path / 'run'}", *TINY, *overrides])
-        state, data = setup(config)
+        state, data = setup(config, transformers_engine)
         if double:
             state.policy.to(torch.float64)
         return state, data.train
     return make_state
 
 
+def logprobs_of(state, model, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    """`compute_logprobs` of one mini-batch, in the samples' order; they need no keys."""
+    from infra.logprobs import compute_logprobs
+    keyed = [replace(sample, key=(0, i)) for i, sample in enumerate(samples)]
+    found = compute_logprobs(state, model, [keyed])
+    return [found[sample.key] for sample in keyed]
+
+
 def mean_mismatch(state, prompts: list[list[int]], groups: list[list[Response]]) -> float:
     """The mean difference between the trainer's log-probs and those of the sampled responses."""
-    from infra.logprobs import compute_logprobs
-    from sampling import Sample
     flat = [(ids, response) for ids, group in zip(prompts, groups, strict=True)
             for response in group]
     samples = [Sample(ids, response.token_ids, 0.0) for ids, response in flat]
     theirs = np.concatenate([response.logprobs for _, response in flat])
-    ours = torch.cat(compute_logprobs(state, state.policy, samples)).numpy()
+    ours = torch.cat(logprobs_of(state, state.policy, samples)).numpy()
     return np.abs(ours - theirs).mean().item()
 
 
 class Step(NamedTuple):
-    """What `train` handed to `log_step`; `groups` are those trained, or of a skipped step, which
+    """What `train` handed to `write_step`; `groups` are those trained, or of a skipped step, which
     has no advantages, all generated ones."""
     metrics: dict
     groups: list[Group]
@@ -125,16 +130,16 @@ def train_steps(monkeypatch):
     """`train_steps(state, prompts)` runs the training loop, without files and validation; returns
     what each step logs. `counters` are those of a checkpoint to continue from."""
     import train_dapo
-    from infra.checkpoint import Progress
-    from infra.data import Data
 
     def train_steps(state, prompts, counters: dict | None = None) -> list[Step]:
         steps = []
-        monkeypatch.setattr(
-            train_dapo, "log_step", lambda state, metrics, generated, groups, advantages, totals:
-            steps.append(Step(metrics, groups or generated, advantages)))
-        monkeypatch.setattr(train_dapo, "save_results", lambda state, progress: False)
-        train_dapo.train(state, Data(prompts, {}), Progress(Counter(counters or {}), {}, {}))
+        monkeypatch.setattr(train_dapo, "write_step", lambda state, record, buffer, metrics:
+                            steps.append(Step(metrics, record.groups or record.generated,
+                                              record.advantages)))
+        monkeypatch.setattr(train_dapo, "save_results", lambda *_, **__: None)
+        progress = Progress()
+        progress.counters |= counters or {}
+        train_dapo.train(state, Data(prompts, {}), progress)
         return steps
     return train_steps
 
@@ -148,12 +153,12 @@ def fake_rollouts(monkeypatch):
     batches = []
 
     def fake_rollouts(scores, finish_reason: str = "stop") -> list[list[int]]:
-        def generate(state, prompts, positions, purpose, params):
-            batches.append(list(positions))
+        def generate(state, prompts, params, stream, description):
+            batches.append([prompt.position for prompt in prompts])
             return [[make_response(3 + i, finish_reason) for i in range(params.n)] for _ in prompts]
 
-        def score_responses(state, prompts, responses, purpose):
-            return [[make_score(score) for score in scores(at)] for at in batches[-1]]
+        def score_responses(state, prompts, responses, description):
+            return [[make_score(score) for score in scores(prompt.position)] for prompt in prompts]
         monkeypatch.setattr(train_dapo, "generate", generate)
         monkeypatch.setattr(train_dapo, "score_responses", score_responses)
         return batches
@@ -175,7 +180,7 @@ def make_group(position: int, prompt, scores: Sequence[float | Score], length: i
     scores = [make_score(score) for score in scores]
     rewards = [score.score for score in scores]
     responses = [make_response(length, finish_reason) for _ in scores]
-    return Group(position, prompt, responses, scores, rewards, rewards)
+    return Group(replace(prompt, position=position), responses, scores, rewards, rewards)
 
 
 def read_rows(run_dir: Path) -> list[dict]:
