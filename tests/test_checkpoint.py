@@ -18,7 +18,7 @@ from filelock import FileLock
 import infra.checkpoint
 from infra.checkpoint import find_checkpoint, list_checkpoints
 from infra.config import load_config
-from infra.data import Prompt
+from data_types import Prompt
 from infra.distributed import stop_on_signal
 from sampling import draw_prompts
 

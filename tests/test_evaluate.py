@@ -10,8 +10,8 @@ import pytest
 
 import evaluate
 from evaluate import Evaluation, format_tables, prompt_metrics
-from infra.data import Data, Prompt
-from reward import Score
+from data_types import Data, Prompt
+from data_types import Score
 from rollout import Response, SamplingParams
 
 RIGHT, WRONG = Score(1.0, 1.0, "8"), Score(0.0, -1.0, "3")

@@ -23,7 +23,7 @@ from infra.logprobs import compute_logprobs
 from infra.lora import add_adapters
 from infra.setup import copy_without_weights, load_model, make_engine, sync_weights
 from rollout import transformers_engine
-from sampling import Sample
+from data_types import Sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import kill_and_resume, run_differences

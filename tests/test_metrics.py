@@ -13,12 +13,12 @@ from conftest import make_group
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from infra.data import Prompt
+from data_types import Prompt
 from infra.metrics import (StatTotals, actor_metrics, mean, progress_text, rollout_metrics,
                            rollout_records, token_texts)
 from losses import Stat
-from reward import Score
-from sampling import Sample
+from data_types import Score
+from data_types import Sample
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 VALUES = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_group, make_response, make_score
 
-from infra.data import Prompt
+from data_types import Prompt
 from infra.rng import make_rng
-from reward import Score
+from data_types import Score
 from sampling import (Group, draw_prompts, generation_batch_size, is_informative, keep_group,
                       make_groups, select_groups, underfilled_message)
 
