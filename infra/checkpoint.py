@@ -50,12 +50,13 @@ def check_run_dir(config: SimpleNamespace) -> None:
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
+    for origin in (named, None if checkpoints else recorded):
+        if origin and not (origin / "progress.json").exists():
+            raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
+                             f"{hint}")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
     sources = checkpoints or [path for path in (named or recorded,) if path]
-    if sources and not checkpoints and not (sources[0] / "progress.json").exists():
-        raise ValueError(f"resume: {sources[0]} is no checkpoint (any more): name one, or auto, or "
-                         f"never; or {hint}")
     metadata = next(filter(None, map(read_metadata, sources)), None)
     step = metadata["counters"]["step"] if metadata else 0
     if rows and not checkpoints and (rows[-1]["step"] > step + config.save_every
@@ -346,7 +347,7 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
         found = hash_files(accelerator, path, sorted(digests))
     except (OSError, ValueError) as error:
         return str(error)
-    return ", ".join(f"{name} is not what was written" for name in found
+    return ", ".join(f"not what was written: {name}" for name in found
                      if found[name] != digests[name])
 
 

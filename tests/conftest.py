@@ -153,11 +153,14 @@ def fake_rollouts(monkeypatch):
     """`fake_rollouts(score)` replaces what costs time, generating: the responses to the prompt at
     position i of the stream get the scores `scores(i)`, numbers (accuracies) or Scores. Returns the
     positions of each generation batch, as they come. Response i has 3 + i tokens."""
+    import rollout
     import train_dapo
     batches = []
 
     def fake_rollouts(scores, finish_reason: str = "stop") -> list[list[int]]:
         def generate(state, prompts, params, stream, description):
+            if stream == "weight sync":
+                return rollout.generate(state, prompts, params, stream, description)
             batches.append([prompt.position for prompt in prompts])
             return [[make_response(3 + i, finish_reason) for i in range(params.n)] for _ in prompts]
 
