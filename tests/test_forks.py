@@ -215,6 +215,19 @@ def test_high_entropy_trains_only_tokens_that_reach_the_threshold(fork, monkeypa
     assert stats["high_entropy_tau"].values.unique().tolist() == [2.0]
 
 
+@of_fork("high_entropy")
+def test_high_entropy_divides_by_the_number_of_its_tokens(fork, make_state, monkeypatch):
+    train_dapo, divisors = import_module("train_dapo"), set()
+    compute_loss = train_dapo.compute_loss
+
+    def compute_and_keep(config, policy, batch, num_tokens, num_seqs):
+        divisors.add(num_tokens)
+        return compute_loss(config, policy, batch, num_tokens, num_seqs)
+    monkeypatch.setattr(train_dapo, "compute_loss", compute_and_keep)
+    update_gradient(make_state, 60)
+    assert divisors == {25}  # 20% of 5 + 8 + ... + 26 = 124
+
+
 @of_fork("kl_cov")
 def test_kl_cov_penalises_the_tokens_with_the_largest_covariance(fork, monkeypatch):
     logprobs, advantages = tensor([-0.5, -2.5], [-1.0, -4.0]), tensor([1], [-3])
