@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from data_types import Data, Group, Progress, Response, Sample, Score  # noqa: E402
+from data_types import Group, Response, Sample, Score  # noqa: E402
 
 TINY = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4",
         "actor.ppo_mini_batch_size=8", "total_training_steps=2", "val.max_prompts=6", "val.n=2"]
@@ -141,9 +141,9 @@ def train_steps(monkeypatch):
                             steps.append(Step(metrics, record.groups or record.generated,
                                               record.advantages)))
         monkeypatch.setattr(train_dapo, "save_results", lambda *_, **__: None)
-        progress = Progress()
+        progress = train_dapo.Progress()  # a fork may have its own
         progress.counters |= counters or {}
-        train_dapo.train(state, Data(prompts, {}), progress)
+        train_dapo.train(state, train_dapo.Data(prompts, {}), progress)
         return steps
     return train_steps
 
