@@ -108,7 +108,7 @@ def find_column(row: dict, keys: str):
 
 
 def read_raw_prompt(location: str, row: dict, data: SimpleNamespace) -> RawPrompt:
-    """The prompt of a row, before the templates. Raises ValueError, with `location`, without one."""
+    """A row's prompt before the templates. Raises ValueError, with `location`, without one."""
     raw = find_column(row, data.prompt_key)
     if isinstance(raw, str):
         return raw

@@ -1,11 +1,14 @@
 """infra/batching.py: mini-batches, micro-batches of equal work, and tensors worked out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from data_types import Sample
 from infra.batching import collate, micro_batches
-from sampling import Sample, mini_batches
+from sampling import mini_batches
 
 
 def sample(prompt: int, response: int, **fields) -> Sample:
@@ -25,29 +28,38 @@ def flatten(parts: list) -> list:
 
 # ---- mini-batches ----
 
+def orders(count: int, size: int, epochs: int = 1, seed: int = 0, step: int = 1) -> list[list[int]]:
+    """The mini-batches of a step with so many samples, here numbers."""
+    actor = SimpleNamespace(ppo_mini_batch_size=size, ppo_epochs=epochs)
+    return mini_batches(range(count), SimpleNamespace(actor=actor, seed=seed), step)
+
+
 def test_mini_batches_hold_every_response_once_shuffled():
-    batches = mini_batches(512, 128, epochs=1, seed=0, step=1)
+    batches = orders(512, 128)
     assert [len(batch) for batch in batches] == [128] * 4
     order = flatten(batches)
     assert sorted(order) == list(range(512)) and order != list(range(512))
 
 
 def test_each_epoch_and_step_and_seed_has_an_order_of_its_own():
-    two_epochs = flatten(mini_batches(64, 64, epochs=2, seed=0, step=1))
-    orders = [two_epochs[:64], two_epochs[64:]]
-    for seed, step in ((0, 2), (1, 1)):
-        orders.append(flatten(mini_batches(64, 64, epochs=1, seed=seed, step=step)))
-    assert all(sorted(order) == list(range(64)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert flatten(mini_batches(64, 64, epochs=1, seed=0, step=1)) == orders[0]
+    found = orders(64, 64, epochs=2) + orders(64, 64, step=2) + orders(64, 64, seed=1)
+    assert all(sorted(order) == list(range(64)) for order in found)
+    assert len(set(map(tuple, found))) == 4
+    assert orders(64, 64) == found[:1]
 
 
 def test_a_remainder_is_spread_and_never_dropped():
-    batches = mini_batches(320, 128, epochs=1, seed=0, step=1)
+    batches = orders(320, 128)
     assert [len(batch) for batch in batches] == [107, 107, 106]
 
 
 # ---- micro-batches ----
+
+def indices(samples: list[Sample], batches: list[list[Sample]]) -> list[list[int]]:
+    """Which of the samples are in each batch."""
+    places = {id(sample): i for i, sample in enumerate(samples)}
+    return [[places[id(sample)] for sample in batch] for batch in batches]
+
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -55,10 +67,10 @@ def test_micro_batches_share_out_every_response_once_within_the_budget(world, pa
     samples = random_samples()
     parts = [micro_batches(samples, 300, rank, world, packed) for rank in range(world)]
     batches = flatten(parts)
-    assert sorted(flatten(batches)) == list(range(50))
+    assert sorted(flatten(indices(samples, batches))) == list(range(50))
     assert len({len(part) for part in parts}) == 1  # every rank takes part in every collective
     for batch in batches:
-        lengths = [len(samples[i]) for i in batch]
+        lengths = list(map(len, batch))
         size = sum(lengths) if packed else len(lengths) * max(lengths, default=0)
         assert size <= 300
     if packed:  # and are few
@@ -70,26 +82,28 @@ def test_a_rank_without_responses_gets_empty_batches():
 
 
 def test_a_response_beyond_the_budget_has_a_batch_of_its_own():
-    assert micro_batches([sample(1, 500), sample(1, 5)], 100) == [[0], [1]]
+    samples = [sample(1, 500), sample(1, 5)]
+    assert indices(samples, micro_batches(samples, 100)) == [[0], [1]]
 
 
 def test_packed_micro_batches_are_few_and_alike():
     samples = [sample(1, length - 1) for length in (60, 55, 5, 4)]
-    assert micro_batches(samples, 120) == [[0, 1], [2, 3]]
-    assert micro_batches(samples, 124, packed=True) == [[0, 1, 2, 3]]
-    assert micro_batches(samples, 123, packed=True) == [[0, 3], [1, 2]]
-    assert micro_batches(samples, 61, packed=True) == [[0], [1], [2, 3]]
-    assert micro_batches(samples, 50, packed=True) == [[0], [1], [2, 3]]  # two are beyond 50
+    assert indices(samples, micro_batches(samples, 120)) == [[0, 1], [2, 3]]
+    for max_tokens, expected in [(124, [[0, 1, 2, 3]]), (123, [[0, 3], [1, 2]]),
+                                 (61, [[0], [1], [2, 3]]),
+                                 (50, [[0], [1], [2, 3]])]:  # two are beyond 50
+        batches = micro_batches(samples, max_tokens, packed=True)
+        assert indices(samples, batches) == expected
 
 
 def test_ranks_have_about_equal_work_and_the_same_number_of_micro_batches():
     lengths = np.random.default_rng(0).exponential(300, 500)
     samples = [sample(5, int(length)) for length in lengths]
     shares = [micro_batches(samples, 4000, rank, 8) for rank in range(8)]
-    tokens = [sum(len(samples[i]) for i in flatten(share)) for share in shares]
+    tokens = [sum(map(len, flatten(share))) for share in shares]
     assert max(tokens) < 1.01 * min(tokens)
     assert len({len(share) for share in shares}) == 1
-    assert sorted(flatten(flatten(shares))) == list(range(500))
+    assert sorted(flatten(indices(samples, flatten(shares)))) == list(range(500))
 
 
 # ---- tensors ----

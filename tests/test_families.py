@@ -13,10 +13,9 @@ from test_train import gradient, make_mini_batch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.trainer_utils import set_seed
 
-from infra.batching import make_batch
-from infra.experts import record_routing, router_aux_loss
+from data_types import SamplingParams
 from infra.packing import packing_kind
-from rollout import SamplingParams, transformers_generate
+from rollout import transformers_generate
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -241,47 +240,3 @@ def test_an_attention_that_the_model_lacks_is_named_with_what_to_do(tmp_path, to
     with pytest.raises(SystemExit, match="model.attn_implementation=sdpa: cannot load .*; auto "
                                          "takes an attention that the model supports"):
         start(f"model.path={path}", "model.attn_implementation=sdpa")
-
-
-# ---- mixtures of experts ----
-
-def test_the_load_balancing_loss_is_off_or_on_by_its_key(tmp_path, tokenizer, make_state, capsys):
-    """Its gradient reaches the routers, and depends neither on the split nor on padding."""
-    path = make_family("qwen3_moe", tokenizer, tmp_path / "base", router_aux_loss_coef=0.002)
-
-    def find_gradient(coef, max_tokens=10_000, attention="auto"):
-        state, prompts = make_state(f"model.path={path}", f"actor.router_aux_loss_coef={coef}",
-                                    f"model.attn_implementation={attention}",
-                                    f"actor.max_tokens_per_micro_batch={max_tokens}")
-        found, metrics = gradient(state, make_mini_batch(state, prompts))
-        assert ("actor/router_aux_loss" in metrics) == (coef > 0)
-        assert (f"load-balancing loss of its experts {f'times {coef}' if coef else 'off'} (the "
-                "model's own: 0.002)" in capsys.readouterr().out)
-        return found
-    whole = find_gradient(0.5)
-    for same in (find_gradient(0.5, 120), find_gradient(0.5, 120, "eager")):
-        assert (whole - same).norm() < 1e-4 * whole.norm()
-    assert (whole - find_gradient(0.0)).norm() > 0.01 * whole.norm()
-
-
-def test_the_load_balancing_loss_of_one_sequence_and_layer_is_transformers_own(
-        tmp_path, tokenizer, make_state):
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-    path = make_family("qwen3_moe", tokenizer, tmp_path / "base", num_hidden_layers=1)
-    state, prompts = make_state(f"model.path={path}")
-    samples = make_mini_batch(state, prompts)
-    expected = []
-    for sample in samples:
-        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids.tolist()]])
-        logits = state.policy(input_ids=ids, output_router_logits=True).router_logits
-        expected.append(load_balancing_loss_func(logits, 4, 2).item())
-    batch = make_batch(state, samples, range(len(samples)))
-    with record_routing(state.policy, enabled=True) as routing:
-        state.policy(input_ids=batch["input_ids"], **batch["packing_kwargs"])
-    assert router_aux_loss(routing, batch).flatten().tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_model_without_experts_has_no_load_balancing_loss(start):
-    with pytest.raises(SystemExit, match="actor.router_aux_loss_coef=0.1: LlamaForCausalLM has no "
-                                         "router of experts; set it to 0"):
-        start("actor.router_aux_loss_coef=0.1")

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig,
                           MistralConfig, PhiConfig, Qwen2Config)
 
+from data_types import Sample, SamplingParams
 from infra import logprobs as logprobs_module
 from infra.batching import collate
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, fused_linear_logprobs,
                             response_logprobs, token_logprobs)
 from infra.packing import enable_packing, packing_kind
 from infra.precision import fp32_head
-from rollout import SamplingParams, generate
-from data_types import Sample
+from rollout import generate
 
 
 def tensor(*rows):
@@ -291,7 +291,7 @@ def test_the_samplers_head_is_in_float32_by_its_key_and_only_with_half_precision
     differences = []
     for key in ("true", "false"):
         state, prompts = make_state(f"mixed_precision={precision}", f"rollout.fp32_head={key}")
-        groups = generate(state, prompts[:8], range(8), "test", SamplingParams(4, 32))
+        groups = generate(state, prompts[:8], SamplingParams(4, 32), "test", "test")
         ids = [prompt.token_ids for prompt in prompts[:8]]
         differences.append(mean_mismatch(state, ids, groups))
     if precision == "no":
@@ -315,15 +315,16 @@ def changed_weights(policy, factor: float):
 
 def test_an_engine_that_lacks_the_policys_weights_is_found_before_the_first_step(make_state):
     state, prompts = make_state()
-    check_weight_sync(state, prompts)
+    check_weight_sync(state, prompts, generate)
 
-    def generate(*args, **kwargs):
+    def stale_generate(*args, **kwargs):
         with changed_weights(state.policy, 1.1):
             return state.engine.generate(*args, **kwargs)
-    stale = replace(state, engine=replace(state.engine, generate=generate, has_own_weights=True))
+    engine = replace(state.engine, generate=stale_generate, has_own_weights=True)
+    stale = replace(state, engine=engine)
     with pytest.raises(ValueError, match="step 0: the log-probs of sampler and trainer differ by "
                                          ".* the rollout engine does not have the policy's"):
-        check_weight_sync(stale, prompts)
+        check_weight_sync(stale, prompts, generate)
 
 
 def test_a_mismatch_beyond_rounding_ends_the_run_if_the_engine_has_its_own_weights(make_state):

@@ -9,21 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import TINY
+from conftest import TINY, logprobs_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import infra.setup
 import infra.vllm_server
-from infra.checkpoint import Progress, save_checkpoint
+from data_types import Progress, Sample
+from infra.checkpoint import save_checkpoint
 from infra.config import load_config
 from infra.distributed import iter_full_weights
-from infra.logprobs import compute_logprobs
 from infra.lora import add_adapters
 from infra.setup import copy_without_weights, load_model, make_engine, sync_weights
 from rollout import transformers_engine
-from data_types import Sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import kill_and_resume, run_differences
@@ -202,7 +201,8 @@ def test_servers_are_told_the_names_and_shapes_of_the_base(make_state, monkeypat
     state, _ = make_state(*LORA)
     monkeypatch.setattr(infra.vllm_server, "server_engine", lambda *args: args[-1])
     state.config.rollout.mode = "server"
-    shapes = make_engine(state.config, state.accelerator, state.policy, state.tokenizer)
+    shapes = make_engine(state.config, state.accelerator, state.policy, state.tokenizer,
+                         transformers_engine)
     assert shapes == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
@@ -231,10 +231,10 @@ def test_the_reference_is_the_policy_with_its_adapters_off(make_state):
     base = load_model(state.config)
     move_adapters(state.policy)
     samples = [Sample(prompt.token_ids, [5, 6, 7, 8, 0], 0.0) for prompt in prompts[:4]]
-    policy, reference, expected = (torch.cat(compute_logprobs(state, model, samples))
+    policy, reference, expected = (torch.cat(logprobs_of(state, model, samples))
                                    for model in (state.policy, state.reference, base))
     assert torch.equal(reference, expected) and (policy - reference).abs().max() > 0.1
-    again = torch.cat(compute_logprobs(state, state.policy, samples))
+    again = torch.cat(logprobs_of(state, state.policy, samples))
     assert torch.equal(policy, again)  # they are on again
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losses import (LOG_RATIO_LIMIT, Stat, aggregate, group_advantages, importance_weights,
-                    kl_penalty, load_balancing_loss, policy_loss)
+                    kl_penalty, policy_loss)
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -246,14 +246,3 @@ def test_importance_weights_multiply_the_loss():
     plain, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28)
     weighted, _ = policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, weights=weights)
     assert torch.allclose(weighted, plain * weights)
-
-
-def test_the_load_balancing_loss_by_hand():
-    half, most = 0.0, math.log(3)  # probabilities (1/2, 1/2) and (3/4, 1/4)
-    logits = tensor([most, 0], [0, most], [most, 0], [most, 0], [half, half - 1e-9])
-    # Sequence 0: each expert once, mean probabilities 1/2: 2 (1/2 1/2 + 1/2 1/2) = 1, balanced.
-    # Sequence 1: expert 0 twice, mean probability 3/4: 2 (1 3/4 + 0) = 3/2. The last is padding.
-    losses = load_balancing_loss(logits, torch.tensor([0, 0, 1, 1, 2]), 2, top_k=1)
-    assert losses.tolist() == pytest.approx([1.0, 1.5])
-    both = load_balancing_loss(logits, torch.tensor([0, 0, 1, 1, 2]), 2, top_k=2)
-    assert both.tolist() == pytest.approx([2.0, 2.0])  # with both experts, nothing is uneven

@@ -215,7 +215,12 @@ def out_of(monkeypatch, start, master, tmp_path):
         if not master.exists():
             start(*common, "total_training_steps=1").rename(master)
         shutil.copytree(master, tmp_path / "run")
-        monkeypatch.setattr(module, name, exhausted)
+        original, calls = getattr(module, name), []
+
+        def first_works(*args):  # the weight sync of the start
+            calls.append(name)
+            return original(*args) if len(calls) == 1 else exhausted()
+        monkeypatch.setattr(module, name, first_works if name == "sync_weights" else exhausted)
         with pytest.raises(SystemExit) as error:
             start(*common)
         return str(error.value)
@@ -224,7 +229,7 @@ def out_of(monkeypatch, start, master, tmp_path):
 
 @pytest.mark.parametrize(("module", "name", "phase", "key"), [
     (infra.setup, "load_model", "start", "rollout.gpu_memory_utilization"),
-    (infra.checkpoint, "check_weight_sync", "start", "rollout.gpu_memory_utilization"),
+    (train_dapo, "check_weight_sync", "start", "rollout.gpu_memory_utilization"),
     (train_dapo, "add_logprobs", "logprobs", "actor.max_tokens_per_micro_batch"),
     (train_dapo, "compute_loss", "update", "model.gradient_checkpointing=true"),
     (train_dapo, "sync_weights", "sync", "rollout.gpu_memory_utilization")])
@@ -251,9 +256,9 @@ def test_an_engine_that_is_out_of_memory_says_for_what_it_generated(start, monke
 
     doing, generate = [], rollout.generate
 
-    def generate_for(state, prompts, positions, purpose, params):
-        doing[:] = [purpose]
-        return generate(state, prompts, positions, purpose, params)
+    def generate_for(state, prompts, params, stream, description):
+        doing[:] = [description]
+        return generate(state, prompts, params, stream, description)
     monkeypatch.setattr(rollout, "decode", exhausted_for)
     for module in (train_dapo, evaluate):
         monkeypatch.setattr(module, "generate", generate_for)

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import read_rows, reset_accelerate
+from conftest import logprobs_of, read_rows, reset_accelerate
 from test_distributed import LAUNCH, ROOT, WORKER
 from test_train import make_mini_batch, same_weights, weights_of
 
 from infra.checkpoint import list_checkpoints, read_metadata
 from infra.config import compute_dtype, load_config
-from infra.logprobs import compute_logprobs, fused_linear_logprobs
-from infra.metrics import StatTotals, actor_metrics
+from infra.logprobs import fused_linear_logprobs
+from infra.metrics import StepRecord, actor_metrics
 from train_dapo import update_policy
 
 FP16 = "mixed_precision=fp16"
@@ -31,35 +31,35 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes
         make_state, monkeypatch, capsys):
     planted(monkeypatch, init_scale=2.0**40)  # gradients in float16 end at 65504
     state, prompts = make_state(FP16)
-    mini_batch, totals = make_mini_batch(state, prompts), StatTotals()
+    mini_batch, record = make_mini_batch(state, prompts), StepRecord(1, state.config)
     before, scaler = weights_of(state), state.accelerator.scaler
-    update_policy(state, mini_batch, totals)
-    moments = [value for of_weight in state.optimizer.state.values() for value in of_weight.values()]
+    record.add_update(update_policy(state, mini_batch, step=1))
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     assert same_weights(state, before) and not any(value.any() for value in moments)
-    assert (totals.skipped_updates, totals.grad_norms, scaler.get_scale()) == (1, [], 2.0**39)
-    metrics = actor_metrics(state.accelerator, totals, 0.0)
+    assert (record.skipped_updates, record.grad_norms, scaler.get_scale()) == (1, [], 2.0**39)
+    metrics = actor_metrics(state.accelerator, record, 0.0)
     assert metrics["actor/skipped_updates"] == 1 and metrics["actor/loss_scale"] == 2.0**39
     assert math.isfinite(metrics["actor/loss"]) and "actor/grad_norm" not in metrics
     assert "1 process on cpu, passes in float16\n" in (printed := capsys.readouterr().out)
     assert "none was applied; scale of the loss: 5.49756e+11" in printed
-    while not totals.grad_norms:
-        update_policy(state, mini_batch, totals)
+    while not record.grad_norms:
+        record.add_update(update_policy(state, mini_batch, step=1))
     assert not same_weights(state, before)
-    assert totals.skipped_updates == 40 - math.log2(scaler.get_scale()) < 40
+    assert record.skipped_updates == 40 - math.log2(scaler.get_scale()) < 40
     loss = metrics["actor/loss"]  # the mean of equal losses
-    assert actor_metrics(state.accelerator, totals, 0.0)["actor/loss"] == pytest.approx(loss)
+    assert actor_metrics(state.accelerator, record, 0.0)["actor/loss"] == pytest.approx(loss)
     assert "none was applied" not in capsys.readouterr().out
 
 
 def test_gradients_that_no_scale_makes_finite_end_the_run_in_one_line(make_state):
     state, prompts = make_state(FP16)
-    mini_batch, totals = make_mini_batch(state, prompts), StatTotals()
+    mini_batch, record = make_mini_batch(state, prompts), StepRecord(1, state.config)
     next(state.policy.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     before = weights_of(state)
-    with pytest.raises(ValueError, match="gradient norm (inf|nan); not applied"):
+    with pytest.raises(ValueError, match="gradient norm (inf|nan) and was not applied"):
         for _ in range(100):
-            update_policy(state, mini_batch, totals)
-    assert totals.skipped_updates == 16 and not totals.grad_norms  # 65536 is halved down to 1
+            record.add_update(update_policy(state, mini_batch, step=1))
+    assert record.skipped_updates == 16 and not record.grad_norms  # 65536 is halved down to 1
     assert same_weights(state, before)
 
 
@@ -101,9 +101,9 @@ def test_log_probs_and_gradients_in_half_precision_are_those_of_float32_up_to_ro
         if precision == "no":
             mini_batch = [replace(sample, old_logprobs=None)  # on-policy: no ratio near a bound
                           for sample in make_mini_batch(state, prompts)]
-        logprobs = torch.cat(compute_logprobs(state, state.policy, mini_batch))
+        logprobs = torch.cat(logprobs_of(state, state.policy, mini_batch))
         state.optimizer.zero_grad = lambda: None
-        update_policy(state, mini_batch, StatTotals())
+        update_policy(state, mini_batch, step=1)
         results[precision] = logprobs, torch.cat([p.grad.flatten()
                                                   for p in state.policy.parameters()])
     expected = results.pop("no")

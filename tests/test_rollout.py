@@ -1,13 +1,17 @@
 """rollout.py: what is sampled, from which distribution, and when a response ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from data_types import Response, SamplingParams
 from infra.rng import make_rng
+from infra.tokens import make_responses, stop_token_ids
 from infra.vllm_engine import request_params
-from rollout import (Response, SamplingParams, generate, make_responses, sample_tokens,
-                     stop_token_ids, transformers_generate)
+from rollout import generate, sample_tokens, transformers_generate
+
 
 PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
@@ -100,15 +104,16 @@ def test_text_has_no_special_tokens(model, tokenizer):
 
 # ---- for a whole run ----
 
-def test_a_response_depends_on_the_seed_the_purpose_and_the_position(make_state):
+def test_a_response_depends_on_the_seed_the_stream_and_the_position_and_on_no_words(make_state):
     state, prompts = make_state()
 
-    def generated(seed: int, purpose: str, position: int) -> str:
+    def generated(seed: int, stream: str, position: int, description: str = "") -> str:
         state.config.seed = seed
-        groups = generate(state, prompts[:1], [position], purpose, SamplingParams(4, 96))
+        groups = generate(state, [replace(prompts[0], position=position)], SamplingParams(4, 96),
+                          stream, description)
         return str(ids(groups))
     first = generated(0, "step 1", 0)
-    assert generated(0, "step 1", 0) == first
+    assert generated(0, "step 1", 0) == generated(0, "step 1", 0, "other words") == first
     others = ((1, "step 1", 0), (0, "step 2", 0), (0, "validation", 0), (0, "step 1", 1))
     assert len({first, *(generated(*other) for other in others)}) == 5
 
@@ -119,7 +124,7 @@ def test_a_policy_that_has_diverged_is_an_error_not_a_wrong_answer(make_state):
         next(state.policy.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="step 1: log-probs are not finite: the policy has "
                                          "diverged"):
-        generate(state, prompts[:1], [0], "step 1", SamplingParams(4, 96))
+        generate(state, prompts[:1], SamplingParams(4, 96), "step 1", "step 1")
 
 
 def test_logprobs_that_were_not_asked_for_are_no_error_but_one_that_diverged_is(tokenizer):

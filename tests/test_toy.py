@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from data_types import SamplingParams
 import toy.make_toy as toy
 from reward import score_math
-from rollout import SamplingParams, transformers_engine
+from rollout import transformers_engine
 
 ROOT = Path(__file__).parent.parent
 ROWS = [

@@ -9,24 +9,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import (make_group, make_response, make_score, read_rollouts, read_rows,
+from conftest import (logprobs_of, make_group, make_response, make_score, read_rollouts, read_rows,
                       reset_accelerate)
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_dapo
+from data_types import Sample, SamplingParams, Score, Stat, Update
 from evaluate import validate
 from infra.batching import collate, make_batch, micro_batches
 from infra.config import load_config
-from infra.logprobs import compute_logprobs, response_logprobs
-from infra.metrics import StatTotals, actor_metrics
+from infra.logprobs import response_logprobs
+from infra.metrics import StepRecord, actor_metrics
 from infra.packing import packing_kind
 from infra.setup import load_model
 from losses import aggregate, group_advantages, policy_loss
-from data_types import Score
-from rollout import SamplingParams, generate
-from sampling import Sample, make_groups
+from rollout import generate
+from sampling import make_groups, prompt_at
 from train_dapo import (apply_kl_penalty, compute_advantages, compute_loss, make_samples,
                         update_policy)
 
@@ -39,11 +39,12 @@ def make_mini_batch(state, prompts) -> list[Sample]:
     rng, samples = np.random.default_rng(0), []
     for i, length in enumerate((3, 50, 7, 90, 1, 22, 64, 5, 30, 11)):
         ids = rng.integers(1, 28, length).astype(np.int32)
-        samples.append(Sample(prompts[i].token_ids, ids, float(rng.normal()), in_loss=i != 3))
+        samples.append(Sample(prompts[i].token_ids, ids, float(rng.normal()), in_loss=i != 3,
+                              key=(i, 0)))
 
     def near(logprobs):
         return logprobs + torch.from_numpy(rng.normal(0, 0.3, len(logprobs)))
-    logprobs = compute_logprobs(state, state.policy, samples)
+    logprobs = logprobs_of(state, state.policy, samples)
     return [replace(sample, rollout_logprobs=row, old_logprobs=near(row), ref_logprobs=near(row))
             for sample, row in zip(samples, logprobs, strict=True)]
 
@@ -52,7 +53,7 @@ class SavedGradients:
     """In place of an optimizer: keeps the gradient that it is to apply."""
 
     def __init__(self, policy) -> None:
-        self.policy = policy
+        self.policy, self.param_groups = policy, []
 
     def step(self) -> None:
         self.gradient = torch.cat([p.grad.flatten() for p in self.policy.parameters()])
@@ -63,10 +64,10 @@ class SavedGradients:
 
 def gradient(state, mini_batch) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of `update_policy`, and its metrics; `actor.grad_clip` does not reach it."""
-    state.config.actor.grad_clip, totals = math.inf, StatTotals()
+    state.config.actor.grad_clip, record = math.inf, StepRecord(1, state.config)
     state = replace(state, optimizer=SavedGradients(state.policy))
-    update_policy(state, mini_batch, totals)
-    return state.optimizer.gradient, actor_metrics(state.accelerator, totals, 0.0)
+    record.add_update(update_policy(state, mini_batch, step=1))
+    return state.optimizer.gradient, actor_metrics(state.accelerator, record, 0.0)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def only_correct_at(condition):
 
 
 def positions(step) -> list[int]:
-    return [group.position for group in step.groups]
+    return [group.prompt.position for group in step.groups]
 
 
 def weights_of(state) -> list[torch.Tensor]:
@@ -161,9 +162,9 @@ def test_neither_packing_nor_padding_changes_a_logprob(make_state, attention):
     state, prompts = make_state(f"model.attn_implementation={attention}", double=True)
     assert bool(packing_kind(state.policy)) == (attention == "sdpa")
     mini_batch = make_mini_batch(state, prompts)
-    together = compute_logprobs(state, state.policy, mini_batch)
+    together = logprobs_of(state, state.policy, mini_batch)
     for sample, row in zip(mini_batch, together, strict=True):
-        (alone,) = compute_logprobs(state, state.policy, [sample])
+        (alone,) = logprobs_of(state, state.policy, [sample])
         assert len(row) == len(sample.response_ids) and torch.allclose(row, alone, atol=1e-9)
 
 
@@ -265,13 +266,14 @@ def test_kl_in_the_reward_takes_the_summed_kl_off_the_final_reward_only(make_sta
     with torch.no_grad():
         for parameter in state.policy.parameters():
             parameter.mul_(1.02)  # away from the reference
-    responses = generate(state, prompts[:2], range(2), "step 1", SamplingParams(4, 96))
+    drawn = [prompt_at(prompts, position, seed=0) for position in range(2)]
+    responses = generate(state, drawn, SamplingParams(4, 96), "step 1", "step 1")
     scores = [[make_score(0.0)] * 4] * 2
-    groups = make_groups(state.config, range(2), prompts[:2], responses, scores)
+    groups = make_groups(state.config, drawn, responses, scores)
     penalised = apply_kl_penalty(state, groups)
     samples = [Sample(group.prompt.token_ids, response.token_ids, 0.0)
                for group in groups for response in group.responses]
-    policy, reference = (compute_logprobs(state, model, samples)
+    policy, reference = (logprobs_of(state, model, samples)
                          for model in (state.policy, state.reference))
     expected = [0.5 * (p - r).sum().item() for p, r in zip(policy, reference, strict=True)]
     taken_off = []
@@ -300,7 +302,7 @@ def test_an_update_makes_good_responses_likelier_and_bad_ones_less_likely(make_s
                for i, sample in enumerate(make_mini_batch(state, prompts))]
 
     def total_logprobs() -> list[float]:
-        logprobs = [row.sum().item() for row in compute_logprobs(state, state.policy, samples)]
+        logprobs = [row.sum().item() for row in logprobs_of(state, state.policy, samples)]
         return [sum(logprobs[:5]), sum(logprobs[5:])]
     before = total_logprobs()
     train_on(state, prompts, samples)
@@ -329,13 +331,13 @@ def test_old_logprobs_are_of_the_policy_before_the_step_for_every_later_mini_bat
                                 "actor.ppo_epochs=2", "actor.old_logprobs=recompute")
     samples = [replace(sample, old_logprobs=None, rollout_logprobs=-torch.ones_like(
         sample.rollout_logprobs)) for sample in make_mini_batch(state, prompts)]
-    before = compute_logprobs(state, state.policy, samples)
+    before = logprobs_of(state, state.policy, samples)
     by_length = {len(logprobs): logprobs for logprobs in before}
     seen = []
 
-    def spy(state, mini_batch, totals):
+    def spy(state, mini_batch, step):
         seen.append(mini_batch)
-        update_policy(state, mini_batch, totals)
+        return update_policy(state, mini_batch, step)
     monkeypatch.setattr(train_dapo, "update_policy", spy)
     train_on(state, prompts, samples)
     assert [len(mini_batch) for mini_batch in seen] == [4, 3, 3] * 2
@@ -438,7 +440,7 @@ def test_all_logprobs_are_asked_for_only_if_the_loss_uses_them(make_state, train
     train_steps(state, prompts)
     assert asked and set(asked) == {share}
     asked.clear()
-    validate(state, prompts[:2])
+    validate(state, {"val": prompts[:2]}, 0)
     assert asked == [0]
 
 
@@ -455,7 +457,7 @@ def test_warm_up_counts_rollout_steps_not_optimizer_steps(make_state, train_on):
     state, prompts = make_state("filter_groups.enable=false", "actor.ppo_mini_batch_size=4",
                                 "actor.lr=1e-3", "actor.lr_warmup_steps=3",
                                 "total_training_steps=4")
-    rows = train_on(state, prompts, make_mini_batch(state, prompts)[:3] * 2)
+    rows = train_on(state, prompts, make_mini_batch(state, prompts)[:6])
     assert [row["optimizer_steps"] for row in rows] == [2, 4, 6, 8]
     assert [row["actor/lr"] for row in rows] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
 
@@ -464,7 +466,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(make_state, train_on):
     state, prompts = make_state(*UNFILTERED, "actor.ppo_mini_batch_size=16")
     before = weights_of(state)
     samples = [replace(sample, advantage=math.nan) for sample in make_mini_batch(state, prompts)]
-    with pytest.raises(ValueError, match="update 1 of this step has the gradient norm nan; not "
+    with pytest.raises(ValueError, match="step 1: an update has the gradient norm nan and was not "
                                          "applied. A lower actor.lr"):
         train_on(state, prompts, samples)
     assert same_weights(state, before)
@@ -484,8 +486,8 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(make_state):
     the queue."""
     state, prompts = make_state("actor.use_kl_loss=true", "actor.entropy_coeff=0.01",
                                 "actor.clip_ratio_c=3", "rollout.correction=token")
-    batch, seen = make_batch(state, make_mini_batch(state, prompts), [0, 1, 2, 3]), []
-    totals = StatTotals()
+    batch, seen = make_batch(state, make_mini_batch(state, prompts)[:4]), []
+    record = StepRecord(1, state.config)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -498,8 +500,7 @@ def test_nothing_in_a_micro_batch_waits_for_the_device(make_state):
     with Watch():
         loss, stats = compute_loss(state.config, state.policy, batch, 100, 4)
         loss.backward()
-        totals.add(stats, batch["mask"])
-        totals.add(stats, batch["mask"])
+        record.add_update(Update(1.0, 100, [([], batch["mask"], stats)] * 2))
     assert len(seen) > 100
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
     assert not [name for name in seen if any(word in name for word in waits)]
@@ -665,7 +666,7 @@ def test_at_the_limit_it_trains_on_what_there_is_and_says_so(make_state, train_s
     assert positions(step) == [1, 7] and step.metrics["optimizer_steps"] == 1
     assert ("warning: step 1 kept 2 of 18 groups after 3 generation batches; 0% all-correct, 89% "
             "all-wrong, 0% of responses without a parsed answer, 0% truncated: use easier prompts, "
-            "or raise filter_groups.max_num_gen_batches. This step trains on 2 groups"
+            "or raise filter_groups.max_num_gen_batches. This step trained on 2 groups"
             ) in capsys.readouterr().out
 
 
@@ -678,7 +679,7 @@ def test_at_the_limit_it_can_skip_the_step(make_state, train_steps, fake_rollout
     assert first.metrics["groups/trained"] == 0 and first.metrics["consecutive_skips"] == 1
     assert second.metrics["groups/trained"] == 4 and second.metrics["optimizer_steps"] == 2
     assert second.metrics["consecutive_skips"] == 0
-    assert "This step is skipped" in capsys.readouterr().out
+    assert "This step was skipped" in capsys.readouterr().out
 
 
 def test_at_the_limit_it_can_stop_the_run(make_state, train_steps, fake_rollouts):
@@ -716,7 +717,7 @@ def test_responses_without_a_score_are_counted(make_state, train_steps):
     def scorer(tasks):
         timeout = Score(0.0, -1.0, status="timeout")
         scores = state.scorer(tasks)
-        return [[timeout, *of_group[1:3], timeout] for of_group in scores]
+        return [[timeout, *group[1:3], timeout] for group in scores]
     (step,) = train_steps(replace(state, scorer=scorer), prompts)
     assert step.metrics["reward/timeouts"] == 4 * 2 and step.metrics["reward/errors"] == 0
     assert step.metrics["groups/trained"] == 4
@@ -729,12 +730,12 @@ def test_the_phases_add_up_to_the_time_of_a_step(make_state, monkeypatch, train_
     """To within 2%, by another clock; what is in no phase is `other`, and next to nothing."""
     state, prompts = make_state("total_training_steps=4", "data.train_batch_size=16",
                                 "actor.ppo_mini_batch_size=32")
-    ends, original = [], train_dapo.validation_metrics
+    ends, original = [], train_dapo.step_metrics
 
-    def validation_metrics(*args):  # called when a step's time is taken
+    def step_metrics(*args):  # called when a step's time is taken
         ends.append(time.perf_counter())
         return original(*args)
-    monkeypatch.setattr(train_dapo, "validation_metrics", validation_metrics)
+    monkeypatch.setattr(train_dapo, "step_metrics", step_metrics)
     rows = [step.metrics for step in train_steps(state, prompts)]
     seconds = np.diff(ends)
     for row, wall in zip(rows[1:], seconds, strict=True):

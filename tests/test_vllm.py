@@ -32,9 +32,10 @@ from vllm_fixtures import (
     using,
 )
 
+from data_types import SamplingParams
 from infra.setup import sync_weights
 from infra.vllm_engine import generate_in_process
-from rollout import SamplingParams, sample_tokens, transformers_engine
+from rollout import sample_tokens, transformers_engine
 
 pytest_plugins = ["vllm_fixtures"]
 

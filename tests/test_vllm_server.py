@@ -34,8 +34,9 @@ from vllm_fixtures import (
     train_in_two_processes,
 )
 
+from data_types import SamplingParams
 from infra.vllm_server import generate_on_servers, post
-from rollout import SamplingParams, transformers_engine
+from rollout import transformers_engine
 
 pytest_plugins = ["vllm_fixtures"]
 

@@ -20,9 +20,10 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
 
 import infra.vllm_engine
 import train_dapo
+from data_types import SamplingParams
 from infra.config import load_config
 from infra.setup import setup, sync_weights
-from rollout import SamplingParams
+from rollout import transformers_engine
 
 ROOT = Path(__file__).parent.parent
 VLLM = ["rollout.backend=vllm", "rollout.max_num_seqs=64"]
@@ -109,7 +110,7 @@ def read_rollouts(run_dir, step):
 def make_state(run_dir, *overrides):
     """A `TrainState` whose engine has the policy's weights, and token ids of 12 prompts."""
     config = load_config("config.yaml", [f"run_dir={run_dir}", *TINY, *overrides])
-    state, data = setup(config)
+    state, data = setup(config, transformers_engine)
     sync_weights(state)
     return state, [prompt.token_ids for prompt in data.train[:12]]
 
