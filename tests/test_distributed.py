@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from worker import MODES
 
 import infra.distributed
-from infra.batching import collate, make_batch, micro_batches
-from infra.distributed import Remote, map_over_ranks, owner_of, raise_on_all_ranks
 from data_types import Sample
+from infra.batching import make_batch, micro_batches
+from infra.distributed import map_over_ranks, raise_on_all_ranks
 from train_dapo import compute_loss
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +40,8 @@ def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
     for world, max_tokens in ((1, 10**6), (2, 60)):  # one micro-batch, and several
         state.policy.zero_grad()
         for rank in range(world):
-            for indices in micro_batches(samples, max_tokens, rank, world, packed=True):
-                loss, _ = compute_loss(state.config, state.policy,
-                                       make_batch(state, samples, indices), 65, 4)
+            for micro in micro_batches(samples, max_tokens, rank, world, packed=True):
+                loss, _ = compute_loss(state.config, state.policy, make_batch(state, micro), 65, 4)
                 loss.backward()
         gradients[world] = torch.cat([p.grad.flatten() for p in state.policy.parameters()])
     assert gradients[1].norm() > 0.01
@@ -77,19 +76,23 @@ def as_ranks(monkeypatch):
     return as_ranks
 
 
-@pytest.mark.parametrize("owners", [[0] * 7, [0, 1, 0, 1, 0, 1, 0], [2, 0, 0, 2, 1, 1, 2]])
-def test_each_item_is_the_work_of_its_owner_and_every_rank_gets_all_results_in_order(as_ranks,
-                                                                                     owners):
-    shares, world = [], max(owners) + 1
+@pytest.mark.parametrize("ranks_per_share, shares", [(1, 3), (2, 2), (1, 1), (4, 1)])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_the_ranks_divide_the_work_and_each_gets_all_results_in_order(as_ranks, ranks_per_share,
+                                                                      shares, count):
+    """Neighbours that work on a share together, as those of one engine, count once."""
+    worked = []
 
     def square(items):
-        shares.append(list(items))
+        worked.append(list(items))
         return [item**2 for item in items]
 
-    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(7), owners, ""), world)
-    assert outcomes == [[0, 1, 4, 9, 16, 25, 36]] * world
+    world = shares * ranks_per_share
+    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(count), "",
+                                                    ranks_per_share), world)
+    assert outcomes == [[i**2 for i in range(count)]] * world
     for rank in range(world):
-        assert shares[rank] == [i for i, owner in enumerate(owners) if owner == rank]
+        assert worked[rank] == list(range(count))[rank // ranks_per_share::shares]
 
 
 def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
@@ -98,7 +101,7 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
             if rank.process_index == 1:
                 raise KeyError("lost")
             return items
-        return map_over_ranks(rank, work, [0, 1, 2], [0, 1, 0], "step 3")
+        return map_over_ranks(rank, work, [0, 1, 2], "step 3")
 
     def fail_on_0(rank):
         with raise_on_all_ranks("cannot save x"):
@@ -111,24 +114,7 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
 
 
-def test_tokens_of_another_rank_have_a_length_and_nothing_else():
-    sample = Sample([1, 2], Remote(30, rank=5), 0.0)
-    assert len(sample) == 32
-    assert [owner_of(SimpleNamespace(process_index=3), ids)
-            for ids in (sample.response_ids, np.zeros(2, np.int32))] == [5, 3]
-    with pytest.raises(ValueError, match="these 30 tokens are on rank 5 only"):
-        collate([sample], pad_id=0)
-
-
 # ---- real processes, over gloo -------------------------------------------------------------------
-
-def test_responses_go_to_the_ranks_that_train_them_and_nowhere_else():
-    """The checks, by rank, are those of exchange_worker.py."""
-    lines = run_to_end([sys.executable, str(ROOT / "tests/exchange_worker.py")]).splitlines()
-    assert [line.partition(":")[0] for line in sorted(lines)] == [f"rank {i}" for i in range(4)]
-    assert all(line.endswith("generate, engines of two, scores, trainers, two epochs, bytes, errors")
-               for line in lines)
-
 
 def run_to_end(command):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
@@ -231,18 +217,16 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def on_both(hosts, disk, script):
-    """Run a shell script on both hosts; `disk` is a file system of each host's own, and LAUNCH
-    starts a process on each."""
-    disk.mkdir()
+def on_both(hosts, script):
+    """Run a shell script on both hosts, which may mount file systems of their own; LAUNCH starts a
+    process on each. Returns what each printed."""
     processes = []
     for rank, host in enumerate(hosts):
         launch = " ".join([*LAUNCH, "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
                            "--machine_rank", str(rank), "--main_process_ip", "10.77.0.1"])
         processes.append(subprocess.Popen(
             ["ip", "netns", "exec", host, "unshare", "--mount", "bash", "-ec",
-             f"mount -t tmpfs none {disk}; LAUNCH='{launch}'; RANK={rank}; {script}"], cwd=ROOT,
-            text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stdout=subprocess.PIPE,
+             f"LAUNCH='{launch}'; {script}"], cwd=ROOT, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
@@ -256,25 +240,31 @@ def read(run_dir):
 
 
 @pytest.mark.slow
-def test_two_hosts_with_disks_of_their_own_do_what_one_process_does_and_resume(
-        one_process, two_hosts, tmp_path, start):
-    disk = tmp_path / "disk"
+def test_two_hosts_do_what_one_process_does_and_resume(one_process, two_hosts, tmp_path, start):
+    """They see one directory."""
     common = [*TINY, "save_every=1", "algorithm.use_kl_in_reward=true", "actor.use_kl_loss=true",
               "filter_groups.metric=seq_final_reward", "actor.ppo_epochs=2"]
-    train = f"$LAUNCH train_dapo.py --config config.yaml run_dir={disk}/run {' '.join(common)}"
-    branch = f"$LAUNCH train_dapo.py --config config.yaml run_dir={disk}/branch {' '.join(common)} "
-    branch += f"resume={disk}/run/checkpoints/step_00002 total_training_steps=3 actor.lr=1e-5"
-    outputs = on_both(two_hosts, disk, "; ".join([
-        f"$LAUNCH {WORKER} {disk}/out.npz", train, f"{train} total_training_steps=3", branch,
-        f"ls {disk}/run/checkpoints {disk}/branch",
-        f"[ $RANK = 1 ] || cp -r {disk}/run {disk}/out.npz {tmp_path}"]))
+    hosts = tmp_path / "hosts"
+    train = f"$LAUNCH train_dapo.py --config config.yaml run_dir={hosts} {' '.join(common)}"
+    branch = f"$LAUNCH train_dapo.py --config config.yaml run_dir={tmp_path}/branch "
+    branch += f"{' '.join(common)} resume={hosts}/checkpoints/step_00002 total_training_steps=3 "
+    branch += "actor.lr=1e-5"
+    outputs = on_both(two_hosts, "; ".join([
+        f"$LAUNCH {WORKER} {tmp_path}/out.npz", train, f"{train} total_training_steps=3", branch]))
     assert_alike(one_process, np.load(tmp_path / "out.npz"))
-    for output in outputs:  # each host has its own
-        assert "step_00003" in output and "branch.json" in output
+    assert (tmp_path / "branch/branch.json").exists()
     assert "resuming from" in outputs[0] and "actor.lr: 0.0001 -> 1e-05" in outputs[0]
-    hosts = (tmp_path / "run").rename(tmp_path / "hosts")
     one = start(*common, "total_training_steps=3")
     for a, b in zip(read(one)[1:], read(hosts)[-3:], strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     weights, others = (load_file(path / "model/model.safetensors") for path in (one, hosts))
     assert all(np.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+@pytest.mark.slow
+def test_hosts_that_see_different_directories_are_refused_in_one_line(two_hosts, tmp_path):
+    (tmp_path / "disk").mkdir()
+    outputs = on_both(two_hosts, f"mount -t tmpfs none {tmp_path}/disk; $LAUNCH train_dapo.py "
+                      f"--config config.yaml run_dir={tmp_path}/disk/run || true")
+    for output in outputs:
+        assert "is not the same directory on all machines" in output

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin,
+                              gather_object)
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -22,15 +23,14 @@ os.chdir(ROOT)
 
 import infra.setup  # noqa: E402
 import train_dapo  # noqa: E402
-from infra.checkpoint import (Progress, find_corruption, load_checkpoint,  # noqa: E402
-                              save_checkpoint, save_model)
+from data_types import Progress, Sample  # noqa: E402
+from infra.checkpoint import (find_corruption, load_checkpoint, save_checkpoint,  # noqa: E402
+                              save_model)
 from infra.config import load_config  # noqa: E402
 from infra.distributed import iter_full_weights  # noqa: E402
-from infra.exchange import gather_on_main  # noqa: E402
-from infra.metrics import StatTotals  # noqa: E402
 from infra.packing import packing_kind  # noqa: E402
 from infra.setup import setup, sync_weights  # noqa: E402
-from sampling import Sample  # noqa: E402
+from rollout import transformers_engine  # noqa: E402
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "uneven", "lora"]
 LORA = ["model.lora_rank=4", "actor.lr=1e-3"]
@@ -79,7 +79,7 @@ def merged_weights(model) -> np.ndarray:
 
 
 def make_state(*overrides: str):
-    state, data = setup(load_config("config.yaml", [*SMALL, *overrides]))
+    state, data = setup(load_config("config.yaml", [*SMALL, *overrides]), transformers_engine)
     for name, weight in state.policy.named_parameters():
         if "lora_B" in name:  # 0 at first, and so is the gradient of the others
             weight.data.fill_(0.01)
@@ -88,24 +88,27 @@ def make_state(*overrides: str):
 
 
 def train(state, data, steps) -> dict:
-    """Train; what was trained on, and the losses."""
+    """Train; what was trained on, and the losses. Every rank must have the same responses."""
     results = {"positions": [], "tokens": [], "losses": [], "lengths": [], "saved": []}
 
-    def log_step(state, metrics, generated, groups, advantages, totals):
+    def write_step(state, record, buffer, metrics):
         results["losses"].append(metrics["actor/loss"])
-        for _, of_response in sorted(totals.gather_token_stats(state.accelerator).items()):
-            results["saved"] += of_response["values"]["ratio"] + of_response["values"]["entropy"]
-        whole = gather_on_main(state.accelerator, [group.responses for group in groups])
-        for group, responses in zip(groups, whole, strict=True):
-            results["positions"].append(group.position)
-            for response in responses:
+        for _, stats in sorted(record.gather_token_stats().items()):
+            results["saved"] += stats["values"]["ratio"] + stats["values"]["entropy"]
+        written = [(response.text, response.token_ids.tolist(), response.logprobs.tolist(), score)
+                   for group in record.generated
+                   for response, score in zip(group.responses, group.scores, strict=True)]
+        assert all(other == written for other in gather_object([written]))
+        for group in record.groups:
+            results["positions"].append(group.prompt.position)
+            for response in group.responses:
                 results["lengths"].append(len(response.token_ids))
-                if state.accelerator.is_main_process:
-                    results["tokens"] += response.token_ids.tolist()
+                results["tokens"] += response.token_ids.tolist()
 
-    train_dapo.log_step, train_dapo.save_results = log_step, lambda *_: False
+    train_dapo.write_step, train_dapo.save_results = write_step, lambda *_, **__: None
     state.config.total_training_steps, progress = steps, Progress()
-    assert train_dapo.train(state, data, progress)
+    train_dapo.train(state, data, progress)
+    assert progress.counters["step"] == steps
     return results | {"progress": progress}
 
 
@@ -179,7 +182,7 @@ def overflow() -> None:
     """Three fp16 updates; in the first, the gradient of one rank (of its shard, if the policy is
     sharded) is not finite. Prints which were skipped, and the scales before each."""
     state, _ = make_state("mixed_precision=fp16")
-    accelerator, rng, totals = state.accelerator, np.random.default_rng(0), StatTotals()
+    accelerator, rng = state.accelerator, np.random.default_rng(0)
     backward, skipped, scales = accelerator.backward, [], []
     samples = [Sample([1, 2, 3], rng.integers(1, 20, 9).astype(np.int32), rng.normal(),
                       rollout_logprobs=torch.full((9,), -3.0)) for _ in range(8)]
@@ -194,9 +197,9 @@ def overflow() -> None:
     for _ in range(3):
         before = policy_weights(state)
         scales.append(accelerator.scaler.get_scale())
-        train_dapo.update_policy(state, samples, totals)
+        update = train_dapo.update_policy(state, samples, step=1)
         skipped.append(int(np.array_equal(before, policy_weights(state))))
-    assert totals.skipped_updates == sum(skipped)
+        assert (update.grad_norm is None) == skipped[-1]
     print(f"skipped {skipped} scales {scales}", flush=True)
 
 
@@ -212,8 +215,8 @@ def main() -> None:
         results |= {f"{mode}/{name}": value for name, value in two_steps(mode).items()}
     if sharded and MODES:
         results |= round_trip(f"{out}.run")
-        of_lora = round_trip(f"{out}.lora", *LORA, "model.dtype=bfloat16")
-        results |= {f"lora_{name}": value for name, value in of_lora.items()}
+        found = round_trip(f"{out}.lora", *LORA, "model.dtype=bfloat16")
+        results |= {f"lora_{name}": value for name, value in found.items()}
     accelerator = PartialState(cpu=True)
     if accelerator.is_main_process:
         np.savez(out, world=accelerator.num_processes, **results)
