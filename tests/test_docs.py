@@ -15,6 +15,7 @@ from infra.reward_function import load_reward_function, score_task
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "forks/README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
+REWARDS = (ROOT / "docs/REWARDS.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "bench/RESULTS.md").read_text(encoding="utf-8")
 
 
@@ -26,7 +27,7 @@ def test_every_linked_file_exists(page):
 
 def test_the_quoted_loop_is_the_files():
     (quoted,) = re.findall(r"## The loop\n.*?```python\n(.*?)```", README, re.DOTALL)
-    assert len(quoted.splitlines()) > 30
+    assert len(quoted.splitlines()) > 20 and "sync_weights" in quoted
     assert textwrap.indent(quoted, "    ") in (ROOT / "train_dapo.py").read_text(encoding="utf-8")
 
 
@@ -59,8 +60,8 @@ def test_every_metric_of_a_run_is_defined(start):
         assert json.loads(line).keys() <= defined
 
 
-def test_the_readmes_reward_functions_run(start, tmp_path):
-    (example,) = re.findall(r"```python\n(# my_reward\.py\n.*?)```", README, re.DOTALL)
+def test_the_reward_functions_of_the_docs_run_by_the_readmes_command(start, tmp_path):
+    (example,) = re.findall(r"```python\n(# my_reward\.py\n.*?)```", REWARDS, re.DOTALL)
     (tmp_path / "my_reward.py").write_text(example)
     (overrides,) = re.findall(r"run_dir=runs/mine (.*)$", README, re.MULTILINE)
     overrides = overrides.replace("my_reward.py", str(tmp_path / "my_reward.py")).split()
@@ -74,8 +75,8 @@ def test_the_readmes_reward_functions_run(start, tmp_path):
     assert {"reward/rank/score", "reward/score/brevity", "val/val/reward/rank/score"} <= last.keys()
 
 
-def test_verls_compute_score_fits_as_the_readme_says(tmp_path):
-    (adapter,) = re.findall(r"`(def score\(response, ground_truth, data_source.*?)`", README)
+def test_verls_compute_score_fits_as_the_docs_say(tmp_path):
+    (adapter,) = re.findall(r"`(def score\(response, ground_truth, data_source.*?)`", REWARDS)
     (tmp_path / "mine.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    expected = ('s', ground_truth, 3)\n"
@@ -108,7 +109,7 @@ def test_the_readmes_speeds_are_those_of_the_results_file():
     speeds = README[README.index("## How fast"):]
     rows = re.findall(r"^\| .* \| \[`(\w+)\.py`\]\(bench/\1\.py\) \| (.*) \| [^|]* \|$", speeds,
                       re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 3
     for name, measured in rows:
         section = re.search(rf"bench/{name}\.py[^\n]*\n```\n\n<!-- printed -->(.*?)<!-- end -->",
                             RESULTS, re.DOTALL).group(1)
@@ -132,3 +133,7 @@ def test_nothing_of_the_workshop_is_left(word):
     for path in paths:
         if path.is_file() and path.suffix in (".py", ".md", ".yaml", ".txt", ".toml", ""):
             assert word not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1750
