@@ -101,8 +101,9 @@ def main() -> None:
         print(f"differs: {difference}")
     if lacking:
         print(f"metrics of one side only: {', '.join(lacking)}")
+    verdict = "different" if differences else "the same to the bit"
     print(f"{args.steps} steps, {args.processes} processes, {len(differences)} differences in "
-          f"responses, advantages, metrics and weights (goal 0): {'different' if differences else 'the same to the bit'}")
+          f"responses, advantages, metrics and weights (goal 0): {verdict}")
     sys.exit(bool(differences))
 
 
