@@ -145,8 +145,8 @@ def score_math_verify(response: str, ground_truth: str) -> Score:
 # ---- one score of several reward functions ------------------------------------------------------
 
 def failed_score(status: str, weights: Sequence[float], message: str) -> Score:
-    """The score of a response whose reward function failed: the lowest possible score, so
-    that it does not pay to break one of several."""
+    """The score of a response whose reward function failed: the lowest possible score, so that it
+    does not pay to break one of several."""
     return Score(0.0, -sum(map(abs, weights)), status=status, message=message)
 
 

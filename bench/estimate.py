@@ -4,7 +4,7 @@
 
 Random models of Qwen2's shape and responses of full length, on a GPU by its allocator, on a CPU by
 following each storage (which takes most of the seconds there). Compares full fine-tuning with LoRA
-too. Exits with 1 if a ratio is beyond 15%."""
+too. Exits with 1 if a ratio is beyond 30%."""
 
 import argparse
 import sys
@@ -91,8 +91,8 @@ def main() -> None:
                     print(f"| {shape} | {case} | {phase} | {estimated / GIB:.4f} | "
                           f"{measured / GIB:.4f} | {ratios[-1]:.3f} | {taken:.2f} |", flush=True)
                 reset()
-    good = all(0.85 <= ratio <= 1.15 for ratio in ratios)
-    print(f"\nratios {min(ratios):.2f} to {max(ratios):.2f} (goal 0.85 to 1.15)")
+    good = all(0.7 <= ratio <= 1.3 for ratio in ratios)
+    print(f"\nratios {min(ratios):.2f} to {max(ratios):.2f} (goal 0.7 to 1.3)")
     sys.exit(not good)
 
 

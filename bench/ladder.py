@@ -49,7 +49,8 @@ FILTERING = "algorithm.overlong_filtering=true"
 NOT_HERE = {  # forks that are measured only if they are named
     "geometric_mask", "icepop",  # change nothing if sampler and trainer do not differ
     "curriculum",  # changes nothing before the second epoch
-    "one_step_ahead"}  # needs servers
+    "one_step_ahead",  # needs servers
+    "router_aux_loss"}  # needs a mixture of experts
 CODE = ("*.py", "*.yaml", "*.md", "infra/*.*", "configs/*", "toy/*.py", "tests/*.py", "bench/*.py")
 RUNNING: set[subprocess.Popen] = set()  # trainings in progress
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees

@@ -1,4 +1,4 @@
-"""What carries the algorithm: nobody needs this directory to understand DAPO.
+"""Support code: nobody needs this directory to understand DAPO.
 
 GNU OpenMP's threads, torch's on a CPU, wait in a spinning loop. With other processes busy on the
 same cores, a step then takes up to 30 times as long; with this limit, 3 times, at no cost on idle

@@ -45,35 +45,32 @@ from infra.rollout_files import read_metrics
 
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
-    run_dir, file = Path(config.run_dir), Path(config.run_dir, "config.yaml")
-    rows, checkpoints = metrics_so_far(run_dir), list_checkpoints(run_dir)
+    run_dir, checkpoints = Path(config.run_dir), list_checkpoints(config.run_dir)
+    rows, (named, recorded) = metrics_so_far(run_dir), branch_origins(config)
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
-    named, recorded = branch_origins(config)
-    origin = named or recorded
-    needed = not checkpoints or named not in (None, recorded)
-    if origin and needed and not (origin / "progress.json").exists():
-        raise ValueError(f"resume: {origin} is not auto, never or a checkpoint's directory"
-                         if named else f"run_dir: {origin}, which it branches off, is gone; {hint}")
+    for origin in (named, None if checkpoints else recorded):
+        if origin and not (origin / "progress.json").exists():
+            raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
+                             f"{hint}")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
-    sources = checkpoints or [origin] * bool(origin)
-    metadata = next((found for path in sources if (found := read_metadata(path))), None)
+    sources = checkpoints or [path for path in (named or recorded,) if path]
+    metadata = next(filter(None, map(read_metadata, sources)), None)
     step = metadata["counters"]["step"] if metadata else 0
     if rows and not checkpoints and (rows[-1]["step"] > step + config.save_every
                                      or (run_dir / "model").exists()):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to resume "
                          f"from; {hint}")
     if step >= config.total_training_steps:
-        other = hint if checkpoints else "branch off an earlier checkpoint"
         raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
-                         f"{config.total_training_steps} to train on, or {other}")
+                         f"{config.total_training_steps} to train on, or {hint}")
     earlier = {}  # a new directory: a run that branches off may change any key
     if checkpoints and metadata:
         earlier = metadata["config"]
-    elif rows and file.exists():
-        earlier = flatten(load_config(file))
+    elif rows and (run_dir / "config.yaml").exists():
+        earlier = flatten(load_config(run_dir / "config.yaml"))
     if earlier and (changed := config_diff(earlier, config)):
         may_branch = checkpoints and "model.lora_" not in str(changed)
         branch = f"; or branch off: resume={checkpoints[0]} run_dir={unused}" if may_branch else ""
@@ -83,16 +80,15 @@ def check_run_dir(config: SimpleNamespace) -> None:
 
 def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
     """The checkpoint that `resume` names, and the one that this run has branched off before."""
-    named = None if config.resume in ("auto", "never") else Path(config.resume).resolve()
-    file = Path(config.run_dir, "branch.json")
-    if config.resume == "never" or not file.exists():
-        return named, None
-    return named, Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
+    file, recorded = Path(config.run_dir, "branch.json"), None
+    if config.resume != "never" and file.exists():
+        recorded = Path(json.loads(file.read_text(encoding="utf-8"))["checkpoint"])
+    return (None if config.resume in ("auto", "never") else Path(config.resume).resolve()), recorded
 
 
 def metrics_so_far(run_dir: Path) -> list[dict]:
     """The rows of metrics.jsonl; none if there is no such file."""
-    return read_metrics(run_dir) if (Path(run_dir) / "metrics.jsonl").exists() else []
+    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
 
 
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
@@ -351,7 +347,7 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
         found = hash_files(accelerator, path, sorted(digests))
     except (OSError, ValueError) as error:
         return str(error)
-    return ", ".join(f"{name} is not what was written" for name in found
+    return ", ".join(f"not what was written: {name}" for name in found
                      if found[name] != digests[name])
 
 

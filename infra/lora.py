@@ -4,8 +4,6 @@ The adapters stand inside the model, which keeps its class. `distributed.iter_fu
 merged weights under the names of the base, so that engines and saved models know nothing of LoRA.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,76 +30,53 @@ def add_adapters(config: SimpleNamespace, policy: torch.nn.Module) -> str:
                          fan_in_fan_out=isinstance(policy.get_submodule(targets[0]), Conv1D),
                          base_model_name_or_path=settings.path)
     torch.manual_seed(config.seed)
-    try:
-        inject_adapter_in_model(adapter, policy)
-    except ValueError as error:  # a kind of layer whose kernels would not run its adapter
-        raise ValueError(f"model.lora_target: {error} {_linear_layers(policy)}") from None
-    adapter.target_modules = sorted(adapter.target_modules)  # a set has another order in each run
+    inject_adapter_in_model(adapter, policy)
+    adapted = {name for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
+    if adapted != set(targets):  # fused experts got some, which would not be merged
+        raise ValueError("model.lora_target: peft mistakes layers of MLPs for experts: omit them")
+    adapter.target_modules = sorted(targets)  # peft's set has another order in each run
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.float()  # peft takes the type of the layer: bfloat16, perhaps
-    count, total = (sum(weight.numel() for weight in weights)
-                    for weights in (trained, policy.parameters()))
+    count, total = (sum(map(Tensor.numel, weights)) for weights in (trained, policy.parameters()))
     return (f"LoRA: {len(targets)} layers have adapters of rank {settings.lora_rank}: {count:,} of "
             f"{total:,} parameters are trained")
 
 
 def find_targets(policy: torch.nn.Module, names: str) -> list[str]:
-    """The full names of the layers that `model.lora_target` names."""
-    head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
+    """The full names of the layers that `model.lora_target` names. Raises ValueError."""
     modules = dict(policy.named_modules())
-    if names == "all-linear":  # but the head, and what is frozen already
-        targets = [name for name, layer in modules.items() if isinstance(layer, LINEAR)
-                   and layer is not head and layer.weight.requires_grad
-                   and not _is_read_by_mamba_kernel(policy, name)]
-        targets = _without_expert_names(policy, targets)
+    linear = {name: layer for name, layer in modules.items() if type(layer) in LINEAR}
+    known = "The linear layers are " + ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
+    if names == "all-linear":
+        excluded = _unsupported(policy, linear) | {policy.get_output_embeddings()}
+        targets = [name for name, layer in linear.items()
+                   if layer not in excluded and layer.weight.requires_grad]
     else:
-        targets = []
+        targets, embeddings = [], policy.get_input_embeddings()
         for part in split_list(names):
             found = [name for name in modules if f".{name}".endswith(f".{part}")]
-            if not found or not all(isinstance(modules[name], LINEAR) for name in found):
+            if not found or not linear.keys() >= set(found):
                 what = "is not a linear layer" if found else "is not in the model"
-                raise ValueError(f"model.lora_target: {part} {what}. {_linear_layers(policy)}")
-            if any(modules[name].weight is embeddings.weight for name in found):
+                raise ValueError(f"model.lora_target: {part} {what}. {known}")
+            if any(linear[name].weight is embeddings.weight for name in found):
                 raise ValueError(f"model.lora_target: {part} shares its weight with the input "
                                  "embeddings, which an adapter would change too: leave it out")
-            if _without_expert_names(policy, found) != found:
-                raise ValueError(f"model.lora_target: peft takes {part} for the fused experts, "
-                                 "which are not linear layers: leave it out")
             targets += [name for name in found if name not in targets]
     if not targets:
-        raise ValueError(f"model.lora_target={names!r} names no layer. {_linear_layers(policy)}")
+        raise ValueError(f"model.lora_target={names!r} names no layer. {known}")
     return targets
 
 
-def _linear_layers(policy: torch.nn.Module) -> str:
-    leaves = {name.rpartition(".")[2] for name, layer in policy.named_modules()
-              if isinstance(layer, LINEAR) and not name.endswith((".default", ".base_layer"))}
-    return f"The linear layers are {', '.join(sorted(leaves))}"
-
-
-def _is_read_by_mamba_kernel(policy: torch.nn.Module, name: str) -> bool:
-    """Whether peft refuses the layer, since kernels of Mamba take its weight past its adapter."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), policy, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
-
-
-def _without_expert_names(policy: torch.nn.Module, targets: list[str]) -> list[str]:
-    """Those that peft leaves alone: in mixtures of experts it takes some linear layers, of shared
-    experts above all, for the names that fused experts had in older versions of transformers."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    try:
-        convert_peft_config_for_transformers(adapter := LoraConfig(target_modules=targets), policy,
-                                             None)
-    except ValueError:  # a part of what it would fuse
-        return []
-    return [name for name in targets if name in adapter.target_modules]
+def _unsupported(policy: torch.nn.Module, linear: dict[str, torch.nn.Module]) -> set:
+    """The layers whose adapters would not be trained, or would be mistaken for the experts'."""
+    # Mamba layers, which have a parameter D, read all weights but in_proj's past an adapter.
+    found = {part for layer in policy.modules() if hasattr(layer, "D")
+             for name, part in layer.named_children() if name != "in_proj"}
+    if any(name.endswith("experts.gate_up_proj") for name, _ in policy.named_parameters()):
+        names = ".gate_proj", ".up_proj", ".down_proj"  # that experts had before they were fused
+        found |= {layer for name, layer in linear.items() if name.endswith(names)}
+    return found
 
 
 class BasePolicy(torch.nn.Module):
@@ -111,32 +86,21 @@ class BasePolicy(torch.nn.Module):
         self.module = policy
 
     def forward(self, **kwargs):
-        with adapters_off(self.module):
-            return self.module(**kwargs)
-
-
-@contextmanager
-def adapters_off(policy: torch.nn.Module) -> Iterator[None]:
-    """The layers of the policy compute without their adapters."""
-    layers = [layer for layer in policy.modules() if hasattr(layer, "lora_A")]
-    # Not by `enable_adapters`, which changes requires_grad: FSDP2 takes it over only once.
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
+        layers = [layer for layer in self.module.modules() if hasattr(layer, "lora_A")]
+        # Not by `enable_adapters`, which changes requires_grad: FSDP2 takes it over only once.
         for layer in layers:
-            layer._disable_adapters = False
+            layer._disable_adapters = True
+        try:
+            return self.module(**kwargs)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
 
 def full_adapters(policy: torch.nn.Module) -> dict[str, Tensor]:
     """The adapters' weights, whole, on the CPU; collective if sharded; {} if there are none."""
-    weights = {}
-    for name, weight in policy.state_dict().items():
-        if ".lora_" in name:
-            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            weights[name] = weight.cpu()
-    return weights
+    return {name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu()
+            for name, weight in policy.state_dict().items() if ".lora_" in name}
 
 
 def save_adapter(policy: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:

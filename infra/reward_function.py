@@ -14,7 +14,6 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,8 +28,6 @@ signature_of = lru_cache(inspect.signature)
 def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callable:
     """The reward function called `name`. Raises ValueError if it cannot be loaded, or called with
     one of `example_rows`."""
-    if name == "math_verify":
-        score_math_verify(r"Answer: $\frac{5\pi}{2}$", r"2\pi")  # the first comparison takes 1 s
     if name in BUILT_IN:
         return BUILT_IN[name]
     path, _, function_name = name.rpartition(":")
@@ -120,8 +117,7 @@ def to_score(value) -> Score:
     ValueError for anything else, and for numbers that are not finite.
     """
     if isinstance(value, Score):
-        fields = {"score": value.score, "acc": value.acc, "pred": value.pred}
-        return replace(to_score(value.extra | fields), status=value.status, message=value.message)
+        value = value.extra | {"score": value.score, "acc": value.acc, "pred": value.pred}
     try:
         fields = dict(value) if isinstance(value, dict) else {"score": value}
         score, acc, pred = (fields.pop(name, None) for name in ("score", "acc", "pred"))

@@ -1,45 +1,43 @@
 """Scores from several reward functions; those that need limits run in processes of their own.
 
 `math` and `math_strict_box` do bounded work and run in the trainer. For any other reward function
-the trainer starts `workers` slots. A *slot* is a process that loads the function once, and forks a
-*worker*, in milliseconds, whenever it has none. The worker calls the function. Its slot kills it,
-with all processes that it started, when a call takes too long or fails, and when the trainer is
-gone. None of these processes imports torch or the trainer's script, and none sees a Ctrl-C.
+the trainer starts *workers*. A worker is a process that loads the function, calls it on an example,
+and then scores one task after the other. If a call takes too long or lacks memory, the worker is
+killed with all that it started, and another one takes its place with the next call. Workers end
+with the trainer, import neither torch nor the trainer's script, and see no Ctrl-C.
 """
 
-import ctypes
-import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
-from data_types import Score, Task
+from data_types import Prompt, Score, Task
 from infra.reward_function import is_group_reward, load_reward_function, score_task
 from reward import answer_or_box, failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
-MEMORY = 8 * 2**30  # bytes of address space for each process
-LOAD_TIMEOUT = 60.0  # seconds that the imports of a reward function may take
-FORK = multiprocessing.get_context("fork")  # used in a slot, never in the trainer
+MEMORY = 8 * 2**30  # bytes of address space for each worker
+LOAD_TIMEOUT = 300.0  # seconds to load, and call the example: 8 GiB from a disk of 30 MB/s
 
 Scorer = Callable[[Sequence[Task]], list[list[Score]]]
 
 
 def make_scorer(names: Sequence[str], weights: Sequence[float], workers: int, timeout: float,
-                example_rows: Sequence[dict]) -> Scorer:
+                examples: Sequence[Prompt]) -> Scorer:
     """A function that scores tasks with all reward functions `names`, see `reward.weighted_sum`.
 
     Each reward function gets `workers` processes, and `timeout` seconds for a call (of one
     response; for a group reward, of all responses of a prompt). A failure is a score with its
-    status. Raises ValueError if a function cannot be loaded, or called with one of `example_rows`.
+    status. Raises ValueError if a function cannot be loaded, or called with the columns of one of
+    `examples`; the scorer raises it if a function cannot be loaded again.
     """
     if len(set(names)) < len(names):
         raise ValueError(f"reward.name: {', '.join(names)} has one of them twice: give it the sum "
@@ -47,44 +45,43 @@ def make_scorer(names: Sequence[str], weights: Sequence[float], workers: int, ti
     labels = [name.rpartition(":")[2] for name in names]
     if len(set(labels)) < len(names):
         labels = names  # two files have a function of the same name
-    scorers = [make_single_scorer(name, workers, timeout, example_rows) for name in names]
+    scorers = [make_single_scorer(name, workers, timeout, examples) for name in names]
     if list(weights) == [1.0]:
         return scorers[0]
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
-        by_function = [scorer(tasks) for scorer in scorers]
         results = []
-        for groups in zip(*by_function, strict=True):  # one prompt's scores from each function
+        for groups in zip(*[scorer(tasks) for scorer in scorers], strict=True):
             results.append([weighted_sum(dict(zip(labels, scores, strict=True)), weights)
-                            for scores in zip(*groups, strict=True)])
+                            for scores in zip(*groups, strict=True)])  # of one response
         return results
     return score_all
 
 
 def make_single_scorer(name: str, workers: int, timeout: float,
-                       example_rows: Sequence[dict]) -> Scorer:
+                       examples: Sequence[Prompt]) -> Scorer:
     """A scorer with one reward function; arguments and errors as in `make_scorer`."""
     if name in IN_TRAINER:
         function = load_reward_function(name)
         return lambda tasks: [score_task(function, task) for task in tasks]
-    slots, group = start_slots(name, workers, timeout, example_rows)
     idle, threads = SimpleQueue(), ThreadPoolExecutor(workers)
-    for slot in slots:
-        idle.put(slot)
+    for worker in [start_worker(name, examples) for _ in range(workers)]:  # they load in parallel
+        is_group = wait_until_loaded(worker, name)
+        idle.put(worker)
 
     def call(task: Task) -> list[Score]:
-        process, pipe = slot = idle.get()
+        worker = idle.get()
         try:
-            pipe.send(task)
-            return pipe.recv()
-        except (EOFError, OSError):
-            raise ValueError(f"reward.name: a process of the reward function {name} was killed "
-                             f"({process.pid})") from None
+            if worker.process.poll() is not None:  # killed after a failure, or died since
+                kill(worker)
+                worker = start_worker(name, examples)
+                wait_until_loaded(worker, name)
+            return score_in(worker, task, timeout)
         finally:
-            idle.put(slot)
+            idle.put(worker)
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
-        if group:
+        if is_group:
             return list(threads.map(call, tasks))
         calls, keys = {}, []  # a call for each key: for each response, or for each distinct answer
         for i, task in enumerate(tasks):
@@ -97,110 +94,101 @@ def make_single_scorer(name: str, workers: int, timeout: float,
     return score_all
 
 
-def start_slots(name: str, workers: int, timeout: float, example_rows: Sequence[dict]
-                ) -> tuple[list[tuple[subprocess.Popen, Connection]], bool]:
-    """The slots of a reward function with a pipe to each, and whether it is a group reward.
-
-    Raises ValueError if the function cannot be loaded, or called with one of the rows.
-    """
-    slots = []
-    for _ in range(workers):
-        pipe, remote = multiprocessing.Pipe()
-        code = (f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}\n"
-                f"from infra.reward_pool import run_slot; run_slot({remote.fileno()})")
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[remote.fileno()], stdin=subprocess.DEVNULL,
-            stdout=2, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            start_new_session=True)
-        remote.close()
-        pipe.send((name, timeout, list(example_rows)))
-        slots.append((process, pipe))
-    for _, pipe in slots:
-        loaded = None
-        with suppress(EOFError, OSError):
-            loaded = pipe.recv() if pipe.poll(LOAD_TIMEOUT) else None
-        if not isinstance(loaded, bool):
-            for process, _ in slots:
-                process.kill()
-                process.wait()
-            raise ValueError(loaded or f"reward.name: {name} did not load within "
-                             f"{LOAD_TIMEOUT:.0f} s, or died (see above); it has "
-                             f"{MEMORY // 2**30} GiB of address space")
-    return slots, loaded
+class Worker(NamedTuple):
+    """A worker, as the trainer sees it."""
+    process: subprocess.Popen
+    pipe: Connection
+    guard: subprocess.Popen  # kills the process group of `process` when its own input ends
+    guard_input: Connection  # ends with the trainer, or with the last reference to this worker
 
 
-# ---- in the processes ---------------------------------------------------------------------------
+def start_worker(name: str, examples: Sequence[Prompt]) -> Worker:
+    """A worker that begins to load the reward function."""
+    pipe, remote = Pipe()
+    code = (f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}\n"
+            f"from infra.reward_pool import run_worker; run_worker({remote.fileno()})")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], pass_fds=[remote.fileno()], stdin=subprocess.DEVNULL,
+        stdout=2, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True)  # and so a process group
+    remote.close()
+    # A thread of the worker could not kill it while the function holds the interpreter's lock.
+    read_end, guard_input = Pipe(duplex=False)
+    guard = subprocess.Popen(["sh", "-c", f"read _; kill -9 -{process.pid}"], stdin=read_end,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    pipe.send((name, examples))
+    return Worker(process, pipe, guard, guard_input)
 
-def run_slot(fd: int) -> None:
-    """Load the reward function, then let a worker score one task after the other, until the
-    trainer closes its end of the pipe `fd` or is gone."""
+
+def wait_until_loaded(worker: Worker, name: str) -> bool:
+    """Whether it is a group reward. Raises ValueError if it cannot be loaded or called."""
+    reply = (f"reward.name: {name} did not load and score an example within {LOAD_TIMEOUT:.0f} s, "
+             f"or died (see above); it has {MEMORY // 2**30} GiB of address space")
+    with suppress(EOFError, OSError):
+        if worker.pipe.poll(LOAD_TIMEOUT):
+            reply = worker.pipe.recv()
+    if isinstance(reply, str):
+        kill(worker)
+        raise ValueError(reply)
+    return reply
+
+
+def score_in(worker: Worker, task: Task, timeout: float) -> list[Score]:
+    """A score for each response. Kills a worker that takes too long, dies or lacks memory."""
+    status, reply = "timeout", f"the reward function took more than {timeout:g} s"
+    try:
+        worker.pipe.send(task)
+        if worker.pipe.poll(timeout):
+            status, reply = "error", worker.pipe.recv()
+    except (EOFError, OSError):
+        status, reply = "error", f"the reward function's process died ({kill(worker)})"
+    if isinstance(reply, str):
+        kill(worker)
+        return [failed_score(status, [1.0], reply)] * len(task.responses)
+    return reply
+
+
+def kill(worker: Worker) -> int:
+    """End a worker and all that it started in its process group. Returns its exit code."""
+    worker.guard_input.close()
+    worker.guard.wait()
+    worker.process.kill()  # if the guard was killed
+    return worker.process.wait()
+
+
+# ---- in the workers -----------------------------------------------------------------------------
+
+def run_worker(fd: int) -> None:
+    """Load the reward function, then score one task after the other, until the trainer closes its
+    end of the pipe `fd`. Replies whether it is a group reward, then the scores of each task; or a
+    message if it can do no more."""
     with suppress(ValueError, OSError):  # macOS has no such limit; a lower one stays as it is
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.set_inheritable(fd, False)  # not for programs that the reward function starts
-    trainer = Connection(fd)
-    name, timeout, example_rows = trainer.recv()
+    trainer, pid = Connection(fd), os.getpid()
+    name, examples = trainer.recv()
     try:
-        function = load_reward_function(name, example_rows)
+        function = load_reward_function(name, [prompt.row for prompt in examples])
     except Exception as error:
         return trainer.send(str(error) if isinstance(error, ValueError) else repr(error))
-    worker = None
+    for prompt in examples[:1]:  # the first call may load more; whether it fails does not matter
+        responses = [f"Answer: {prompt.answer}", r"Answer: $\frac{5\pi}{2}$"]  # right and wrong
+        try_to_score(function, Task(responses, [9, 9], prompt.answer, prompt.row))
+    reply = is_group_reward(function)
     with suppress(EOFError, OSError):  # the trainer is gone
-        trainer.send(is_group_reward(function))
-        while True:
-            task = trainer.recv()
-            if worker is None or not worker.is_alive():
-                pipe, remote = FORK.Pipe()
-                worker = FORK.Process(target=run_worker, args=(function, remote, [trainer, pipe]))
-                worker.start()
-                remote.close()
-            scores = failed(task, "timeout", f"the reward function took more than {timeout:g} s")
-            try:
-                pipe.send(task)
-                if pipe in wait([pipe, trainer], timeout):  # the trainer: if it is gone
-                    scores = pipe.recv()
-            except (EOFError, OSError):
-                worker.join(1.0)
-                code = worker.exitcode
-                scores = failed(task, "error", f"the reward function's process died ({code})")
-            if any(score.status != "ok" for score in scores):  # it hangs, or lacks memory
-                kill(worker)
-                worker = None
-            trainer.send(scores)
-    kill(worker)
+        while os.getpid() == pid:  # a fork that the reward function made must not answer too
+            trainer.send(reply)
+            reply = try_to_score(function, trainer.recv())
+    os._exit(0)
 
 
-def run_worker(function: Callable, pipe: Connection, inherited: list[Connection]) -> None:
-    """Call the reward function on one task after the other."""
-    os.setpgid(0, 0)  # a process group, so that `kill` reaches what the reward function starts
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: if the slot is killed
-    for connection in inherited:
-        connection.close()
-    pid = os.getpid()
-    while True:
-        task = pipe.recv()
-        try:
-            scores = score_task(function, task)
-        except BaseException as error:  # SystemExit, too
-            message = str(error) if isinstance(error, ValueError) else (
-                f"the reward function ended with {error!r:.300}")
-            if isinstance(error.__cause__, MemoryError):
-                message += f" (it has {MEMORY // 2**30} GiB of address space)"
-            scores = failed(task, "error", message)
-        if os.getpid() != pid:  # a fork that the reward function made: it must not answer too
-            os._exit(0)
-        pipe.send(scores)
-
-
-def failed(task: Task, status: str, message: str) -> list[Score]:
-    """A failed score for each response."""
-    return [failed_score(status, [1.0], message)] * len(task.responses)
-
-
-def kill(worker: multiprocessing.Process | None) -> None:
-    """End a worker and its process group: all that it started, except for sessions of their own."""
-    if worker is not None:
-        with suppress(ProcessLookupError, PermissionError):  # macOS: no permission for a zombie
-            os.killpg(worker.pid, signal.SIGKILL)
-        worker.kill()  # if it had no time to make its process group
-        worker.join()
+def try_to_score(function: Callable, task: Task) -> list[Score] | str:
+    """The scores of a task, failed ones if the function fails; a message if it lacks memory."""
+    try:
+        return score_task(function, task)
+    except BaseException as error:  # SystemExit, too
+        message = str(error) if isinstance(error, ValueError) else (
+            f"the reward function ended with {error!r:.300}")
+        if isinstance(error.__cause__, MemoryError):
+            return f"{message} (it has {MEMORY // 2**30} GiB of address space)"
+    return [failed_score("error", [1.0], message)] * len(task.responses)

@@ -57,7 +57,7 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     tokenizer = load_pretrained(AutoTokenizer, config.model.path)
     data = load_data(config, tokenizer, accelerator.print, training)
-    examples = list({tuple(prompt.row): prompt.row for prompt in
+    examples = list({tuple(prompt.row): prompt for prompt in
                      chain(data.train, *data.val.values())}.values())  # one of each layout
     weights = [float(weight) for weight in split_list(config.reward.weights)]
     scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),

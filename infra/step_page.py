@@ -1,8 +1,8 @@
 """The page of a step: its saved groups, response by response and token by token, and the curves of
 the run, as one HTML file that opens anywhere (step_page.html is its template).
 
-What a policy writes is shown, and never markup: texts are data in JSON without `<`, the script puts
-them into text nodes only, with escapes for what is invisible, and the page's policy allows no other
+What a policy writes is always escaped: texts are data in JSON without `<`, the script puts them
+into text nodes only, with escapes for what is invisible, and the page's policy allows no other
 script and no network.
 """
 
@@ -84,7 +84,7 @@ def describe_response(record: dict) -> dict:
     values = stats["values"] | {
         "advantage": advantage if isinstance(advantage, list) else [advantage]}
     return response | {"texts": stats["texts"], "flags": stats["flags"], "values": {
-        name: quantise(of_tokens) for name, of_tokens in values.items()}}
+        name: quantise(numbers) for name, numbers in values.items()}}
 
 
 def describe_counts(metrics: dict, shown: int) -> str:

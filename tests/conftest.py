@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):  # a core for each, so that threads do not compete
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -22,7 +26,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from data_types import Data, Group, Progress, Response, Sample, Score  # noqa: E402
+from data_types import Group, Response, Sample, Score  # noqa: E402
 
 TINY = ["data.train_batch_size=4", "data.gen_batch_size=6", "rollout.n=4",
         "actor.ppo_mini_batch_size=8", "total_training_steps=2", "val.max_prompts=6", "val.n=2"]
@@ -137,9 +141,9 @@ def train_steps(monkeypatch):
                             steps.append(Step(metrics, record.groups or record.generated,
                                               record.advantages)))
         monkeypatch.setattr(train_dapo, "save_results", lambda *_, **__: None)
-        progress = Progress()
+        progress = train_dapo.Progress()  # a fork may have its own
         progress.counters |= counters or {}
-        train_dapo.train(state, Data(prompts, {}), progress)
+        train_dapo.train(state, train_dapo.Data(prompts, {}), progress)
         return steps
     return train_steps
 
@@ -149,11 +153,14 @@ def fake_rollouts(monkeypatch):
     """`fake_rollouts(score)` replaces what costs time, generating: the responses to the prompt at
     position i of the stream get the scores `scores(i)`, numbers (accuracies) or Scores. Returns the
     positions of each generation batch, as they come. Response i has 3 + i tokens."""
+    import rollout
     import train_dapo
     batches = []
 
     def fake_rollouts(scores, finish_reason: str = "stop") -> list[list[int]]:
         def generate(state, prompts, params, stream, description):
+            if stream == "weight sync":
+                return rollout.generate(state, prompts, params, stream, description)
             batches.append([prompt.position for prompt in prompts])
             return [[make_response(3 + i, finish_reason) for i in range(params.n)] for _ in prompts]
 

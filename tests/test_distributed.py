@@ -17,7 +17,7 @@ from worker import MODES
 import infra.distributed
 from infra.batching import collate, make_batch, micro_batches
 from infra.distributed import Remote, map_over_ranks, owner_of, raise_on_all_ranks
-from sampling import Sample
+from data_types import Sample
 from train_dapo import compute_loss
 
 ROOT = Path(__file__).parent.parent

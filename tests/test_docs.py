@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data_types import Task
 from infra.config import read_rules
 from infra.reward_function import load_reward_function, score_task
-from reward import Task
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "forks/README.md"]

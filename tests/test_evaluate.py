@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluate import Evaluation, format_tables, prompt_metrics
-from infra.data import Data, Prompt
-from reward import Score
-from rollout import Response, SamplingParams
+from data_types import Data, Evaluation, Prompt, Response, SamplingParams, Score
+from evaluate import prompt_metrics
+from infra.metrics import format_tables, validation_metrics
 
 RIGHT, WRONG = Score(1.0, 1.0, "8"), Score(0.0, -1.0, "3")
 
@@ -72,7 +71,7 @@ def test_a_reward_without_an_accuracy_has_mean_and_best_score_instead():
     ]
     evaluation = evaluation_of(*scores)
     assert evaluation.metrics == {"score@2": -0.5, "best@2": 0.25, "response_length": 1}
-    table = format_tables({"val": {"before": evaluation}})
+    table = format_tables({"before": {"val": evaluation}})
     assert "score@2   best@2   length" in table and "-0.500    0.250    1.000" in table
 
 
@@ -87,7 +86,7 @@ def test_a_failed_score_decides_nothing_about_accuracy():
 def test_values_that_a_reward_function_adds_become_metrics_but_no_columns_of_the_table():
     evaluation = evaluation_of([Score(1.0, 1.0, "8", {"style": value}) for value in (1.0, 0.0)])
     assert evaluation.metrics["reward/style"] == 0.5
-    assert "style" not in format_tables({"val": {"before": evaluation}})
+    assert "style" not in format_tables({"before": {"val": evaluation}})
 
 
 def test_levels_have_metrics_of_their_own_in_order():
@@ -112,7 +111,7 @@ def test_a_table_has_a_row_for_each_level_and_a_block_for_each_evaluation():
         [],
     )
     after = Evaluation({"avg@32": 0.75, "response_length": 30}, {}, "1+1?", "2", [])
-    lines = format_tables({"val": {"before": before, "after": after}}).splitlines()
+    lines = format_tables({"before": {"val": before}, "after": {"val": after}}).splitlines()
     assert [line.split() for line in lines] == [
         ["val"],
         ["before", "after"],
@@ -124,7 +123,7 @@ def test_a_table_has_a_row_for_each_level_and_a_block_for_each_evaluation():
 
 def test_each_set_has_a_table_under_its_name_without_control_characters():
     evaluation = evaluation_of([RIGHT])
-    table = format_tables({name: {"\x1b[1m": evaluation} for name in ("a", "\x1b[2J")})
+    table = format_tables({"\x1b[1m": {"a": evaluation, "\x1b[2J": evaluation}})
     assert table.startswith("a\n") and "\n\n\\x1b[2J\n" in table and "\x1b" not in table
 
 
@@ -136,22 +135,30 @@ def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_ea
 ):
     calls = []
 
-    def generate(state, prompts, positions, purpose, params):
-        calls.append((list(positions), purpose, params))
+    def generate(state, prompts, params, stream, description):
+        calls.append(([prompt.position for prompt in prompts], stream, params))
         return [[response()] for _ in prompts]
 
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr(
-        evaluate, "score_responses", lambda state, prompts, responses: [[RIGHT]] * len(prompts)
+        evaluate, "score_responses", lambda state, prompts, *_: [[RIGHT]] * len(prompts)
     )
     config = SimpleNamespace(
-        val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key=""),
-        data=SimpleNamespace(max_response_length=96),
+        val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key="", every=2),
+        data=SimpleNamespace(max_response_length=96), total_training_steps=5,
     )
     state = SimpleNamespace(config=config)
-    first, second = (evaluate.validate(state, prompts({}, {}, {})) for _ in range(2))
-    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7, 0))] * 2
-    assert first == second and first.metrics["avg@1"] == 1
+    found = [evaluate.validate(state, {"v": prompts({}, {}, {})}, step) for step in range(6)]
+    assert [list(evaluations) for evaluations in found] == [
+        ["before"], [], ["after"], [], ["after"], ["after"]]  # every second step, and the last
+    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7, 0))] * 4
+    first, second = found[0]["before"]["v"], found[5]["after"]["v"]
+    assert first.metrics == second.metrics and first.metrics["avg@1"] == 1
+    metrics = validation_metrics(found[0])
+    assert metrics.pop("time/validate") == first.seconds > 0
+    assert metrics == {"val/v/avg@1": 1, "val/v/pass@1": 1, "val/v/maj@1": 1,
+                       "val/v/response_length": 1}
+    assert validation_metrics({}) == {}
 
 
 # ---- the script ----
@@ -162,7 +169,7 @@ def run_script(tmp_path, monkeypatch):
     """`run_script(*overrides, is_main=True)`: the script with a policy that always says `Answer: 8`."""
 
     def run_script(*overrides: str, is_main: bool = True) -> SimpleNamespace:
-        def setup(config, training):
+        def setup(config, transformers_engine, training):
             assert not training
             accelerator = SimpleNamespace(is_main_process=is_main, process_index=0,
                                           num_processes=1)
@@ -188,7 +195,7 @@ def run_script(tmp_path, monkeypatch):
         monkeypatch.setattr(
             evaluate,
             "score_responses",
-            lambda state, prompts, responses: [[RIGHT, WRONG]] * len(prompts),
+            lambda state, prompts, *_: [[RIGHT, WRONG]] * len(prompts),
         )
         monkeypatch.setattr(
             sys,

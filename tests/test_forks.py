@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-
-from conftest import TINY, read_rows
+from conftest import TINY, make_group, mean_mismatch, read_rows
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForCausalLM, AutoTokenizer)
 
 ROOT = Path(__file__).parent.parent
 FORKS = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
@@ -24,8 +25,9 @@ LOGGED = {  # a metric of its own, or one that it changes
     "dr_grpo": "actor/loss", "geometric_mask": "actor/geometric_mask_frac",
     "gspo": "actor/clip_frac_low", "high_entropy": "actor/high_entropy_frac",
     "icepop": "actor/icepop_mask_frac", "kl_cov": "actor/kl_cov_frac",
-    "leave_one_out": "actor/loss", "one_step_ahead": "actor/mismatch_kl"}
-LIMITS = {"one_step_ahead": 60}  # changed lines, 40 otherwise: a thread, and what it makes is saved
+    "leave_one_out": "actor/loss", "one_step_ahead": "actor/mismatch_kl",
+    "router_aux_loss": "actor/router_aux_loss"}
+LIMITS = {"one_step_ahead": 60, "router_aux_loss": 60}  # changed lines, 40 otherwise
 
 
 def apply_fork(name: str, copy: Path) -> None:
@@ -213,6 +215,19 @@ def test_high_entropy_trains_only_tokens_that_reach_the_threshold(fork, monkeypa
     assert stats["high_entropy_tau"].values.unique().tolist() == [2.0]
 
 
+@of_fork("high_entropy")
+def test_high_entropy_divides_by_the_number_of_its_tokens(fork, make_state, monkeypatch):
+    train_dapo, divisors = import_module("train_dapo"), set()
+    compute_loss = train_dapo.compute_loss
+
+    def compute_and_keep(config, policy, batch, num_tokens, num_seqs):
+        divisors.add(num_tokens)
+        return compute_loss(config, policy, batch, num_tokens, num_seqs)
+    monkeypatch.setattr(train_dapo, "compute_loss", compute_and_keep)
+    update_gradient(make_state, 60)
+    assert divisors == {25}  # 20% of 5 + 8 + ... + 26 = 124
+
+
 @of_fork("kl_cov")
 def test_kl_cov_penalises_the_tokens_with_the_largest_covariance(fork, monkeypatch):
     logprobs, advantages = tensor([-0.5, -2.5], [-1.0, -4.0]), tensor([1], [-3])
@@ -226,30 +241,35 @@ def test_kl_cov_penalises_the_tokens_with_the_largest_covariance(fork, monkeypat
     assert grad.flatten().tolist() == pytest.approx([1 - e, -e, 3 * e, 1 + 3 * e])
 
 
-def update_gradient(make_state, max_tokens: int) -> tuple[list, dict]:
-    """The gradient of `update_policy` on the same mini-batch, and the step's statistics."""
-    train_dapo, sampling = import_module("train_dapo"), import_module("sampling")
-    metrics = import_module("infra.metrics")
-    state, prompts = make_state(f"actor.max_tokens_per_micro_batch={max_tokens}",
-                                "model.attn_implementation=eager", double=True)
+def make_mini_batch(prompts: list) -> list:
+    """Eight samples of 5, 8, ..., 26 tokens."""
     generator, samples = torch.Generator().manual_seed(0), []
     for i, prompt in enumerate(prompts[:8]):
         ids = torch.randint(3, 20, (5 + 3 * i,), generator=generator)
         zeros = torch.zeros(len(ids), dtype=torch.float64)
-        samples.append(sampling.Sample(prompt.token_ids, ids.numpy(), (-1.0) ** i * (i + 1),
-                                       rollout_logprobs=zeros, old_logprobs=zeros - 2))
-    totals, grads = metrics.StatTotals(), []
+        samples.append(import_module("data_types").Sample(
+            prompt.token_ids, ids.numpy(), (-1.0) ** i * (i + 1), rollout_logprobs=zeros,
+            old_logprobs=zeros - 2, key=(i, 0)))
+    return samples
+
+
+def update_gradient(make_state, max_tokens: int, *overrides: str,
+                    double: bool = True) -> tuple[list, dict]:
+    """The gradient of `update_policy` on the same mini-batch, and the step's statistics."""
+    state, prompts = make_state(f"actor.max_tokens_per_micro_batch={max_tokens}", *overrides,
+                                double=double)
+    record, grads = import_module("infra.metrics").StepRecord(1, state.config), []
     state.optimizer.step = lambda: grads.extend(p.grad.clone() for p in state.policy.parameters())
-    train_dapo.update_policy(state, samples, totals)
-    return grads, totals.reduce(state.accelerator)
+    record.add_update(import_module("train_dapo").update_policy(state, make_mini_batch(prompts), 1))
+    return grads, record.reduce_stats(state.accelerator)
 
 
 @pytest.mark.parametrize(("fork", "metric", "share"), [
     ("high_entropy", "high_entropy_frac", 25 / 124), ("kl_cov", "kl_cov_frac", 1 / 124)],
     indirect=["fork"])
 def test_the_share_is_that_of_the_mini_batch_however_it_is_split(fork, make_state, metric, share):
-    whole, stats = update_gradient(make_state, 10_000)
-    split, stats_split = update_gradient(make_state, 60)
+    whole, stats = update_gradient(make_state, 10_000, "model.attn_implementation=eager")
+    split, stats_split = update_gradient(make_state, 60, "model.attn_implementation=eager")
     assert stats[metric] == stats_split[metric] == pytest.approx(share)  # of 5 + 8 + ... + 26 tokens
     assert all(torch.allclose(a, b) for a, b in zip(whole, split, strict=True))
 
@@ -264,15 +284,102 @@ def test_solved_prompts_leave_the_stream(fork, make_state, train_steps, fake_rol
     accuracies = {0: solved, 5: solved, 1: [1] * 10, 2: [0] * 10}  # others: half of the time
     batches = fake_rollouts(lambda position: accuracies.get(position, [1] * 5 + [0] * 5))
     steps = train_steps(state, prompts)
-    draw = import_module("sampling").draw_prompts
-    _, order = draw(prompts, 0, 16, 0, [])
+    sampling, counters = import_module("sampling"), steps[-1].metrics
+    order = [sampling.prompt_at(prompts, position, 0) for position in range(16)]
     gone = {order[0].id, order[1].id, order[5].id}
     expected = [position for position in range(8, 16) if order[position].id not in gone]
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], expected[:4]]
     assert [step.metrics["retired"] for step in steps] == [2, 3, 3]
     assert steps[2].metrics["prompts_drawn"] == expected[3] + 1
+    # what this step has generated so far decides too
+    counters = counters | {"prompts_drawn": 7, "retired": []}
+    generated = [make_group(7, order[7], [1] * 10), make_group(7, order[9], solved)]
+    drawn = sampling.draw_prompts(prompts, state.config, counters, generated, 0)
+    assert [prompt.position for prompt in drawn] == [
+        position for position in range(8, 16)
+        if order[position].id not in {order[7].id, order[9].id}][:4]
+    counters["retired"] = [prompt.id for prompt in prompts]
     with pytest.raises(ValueError, match="all training prompts are retired"):
-        draw(prompts, 0, 1, 0, [prompt.id for prompt in prompts])
+        sampling.draw_prompts(prompts, state.config, counters, [], 0)
+
+
+# ---- routers of experts --------------------------------------------------------------------------
+
+def make_experts(path: Path) -> str:
+    """A tiny model with two layers of four experts, two for each token."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/base")
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        max_position_embeddings=256, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.15)  # tokens go to different experts
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return f"model.path={path}"
+
+
+@of_fork("router_aux_loss")
+def test_the_load_balancing_loss_by_hand(fork):
+    load_balancing_loss, log3 = import_module("infra.experts").load_balancing_loss, math.log(3)
+    logits = tensor([log3, 0], [0, log3], [log3, 0], [log3, 0], [1, 0])  # 3/4 and 1/4; padding
+    # Sequence 0: each expert once, mean probabilities 1/2: 2 (1/2 1/2 + 1/2 1/2) = 1, balanced.
+    # Sequence 1: expert 0 twice, mean probability 3/4: 2 (1 3/4 + 0) = 3/2.
+    losses = load_balancing_loss(logits, torch.tensor([0, 0, 1, 1, 2]), 2, top_k=1)
+    assert losses.tolist() == pytest.approx([1.0, 1.5])
+    losses = load_balancing_loss(logits, torch.tensor([0, 0, 1, 1, 2]), 2, top_k=2)
+    assert losses.tolist() == pytest.approx([2.0, 2.0])  # with both experts, nothing is uneven
+
+
+@of_fork("router_aux_loss")
+def test_the_load_balancing_loss_of_a_sequence_is_transformers_own(fork, make_state, tmp_path):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+    experts, batching = import_module("infra.experts"), import_module("infra.batching")
+    state, prompts = make_state(make_experts(tmp_path / "base"))
+    samples, expected = make_mini_batch(prompts), []  # one layer: its own joins several
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids.tolist()]])
+        logits = state.policy(input_ids=ids, output_router_logits=True).router_logits
+        expected += [load_balancing_loss_func((layer,), 4, 2).item() for layer in logits]
+    for packing in ("", "varlen"):
+        batch = batching.collate(samples, 0, packing=packing)
+        with experts.record_routing(state.policy) as routing:
+            state.policy(input_ids=batch["input_ids"], **batch["packing_kwargs"])
+        losses = [experts.load_balancing_loss(logits, batch["sequence_index"], 8, router.top_k)
+                  for router, logits in routing.items()]
+        assert torch.stack(losses, dim=1).flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@of_fork("router_aux_loss")
+def test_the_gradient_of_the_load_balancing_loss_does_not_depend_on_the_split(
+        fork, make_state, tmp_path, monkeypatch):
+    path, train_dapo = make_experts(tmp_path / "base"), import_module("train_dapo")
+
+    def norm(grads: list) -> float:
+        return torch.stack([grad.norm() for grad in grads]).norm().item()
+
+    def find(coef: float, max_tokens: int = 10_000, attention: str = "auto") -> list:
+        monkeypatch.setattr(train_dapo, "ROUTER_AUX_LOSS_COEF", coef)
+        grads, stats = update_gradient(make_state, max_tokens, path,  # experts take no float64
+                                       f"model.attn_implementation={attention}", double=False)
+        assert 2 < stats["router_aux_loss"] < 4  # 2 experts of 4: balanced, and all to the same two
+        return grads
+    whole = find(0.5)
+    for same in (find(0.5, 120), find(0.5, 120, "eager")):  # packed and padded
+        assert norm([a - b for a, b in zip(whole, same, strict=True)]) < 1e-4 * norm(whole)
+    without = find(0.0)
+    assert norm([a - b for a, b in zip(whole, without, strict=True)]) > 0.01 * norm(whole)
+
+
+@of_fork("router_aux_loss")
+def test_a_model_without_experts_has_no_load_balancing_loss(fork, make_state):
+    with pytest.raises(ValueError, match="^LlamaForCausalLM has no router of experts$"):
+        update_gradient(make_state, 10_000)
 
 
 # ---- one step ahead ------------------------------------------------------------------------------
@@ -283,9 +390,8 @@ OWN_WEIGHTS = """
 import os, signal
 from dataclasses import replace
 import infra.setup
-from rollout import transformers_engine
 
-def make_engine(config, accelerator, policy, tokenizer):
+def make_engine(config, accelerator, policy, tokenizer, transformers_engine):
     model = infra.setup.copy_without_weights(policy, config, accelerator.device)
     engine = transformers_engine(model, tokenizer, accelerator.autocast, 1024, has_own_weights=True)
 
@@ -293,7 +399,7 @@ def make_engine(config, accelerator, policy, tokenizer):
         if progress == os.environ.get("STOP_AT"):
             os.kill(os.getpid(), signal.SIGINT)
         return engine.generate(*args, progress=progress)
-    return replace(engine, generate=generate)
+    return replace(engine, generate=generate, sleep=None)  # it generates at any time
 
 infra.setup.make_engine = make_engine
 if __name__ == "__main__":
@@ -325,31 +431,34 @@ def test_ahead_each_step_is_written_while_the_one_before_trains(make_ahead, trai
     generate, update, sync = train_dapo.generate, train_dapo.update_policy, train_dapo.sync_weights
     weights = [{name: value.clone() for name, value in state.policy.state_dict().items()}]
 
-    def generate_of_step(state, prompts, positions, purpose, params):
-        if purpose == "step 2":
+    def generate_and_keep(state, prompts, params, stream, description):
+        if description == "step 2":
             writing.set()
             assert training.wait(60)
-        written.append((purpose, list(positions), generate(state, prompts, positions, purpose,
-                                                           params)))
-        return written[-1][-1]
+        if description.startswith("step"):
+            written.append((description, [prompt.position for prompt in prompts]))
+        return generate(state, prompts, params, stream, description)
 
     def update_once_writing(*args):
         training.set()
         assert writing.wait(60)
-        update(*args)
+        return update(*args)
 
     def sync_and_keep(state):
         sync(state)
         weights.append({name: value.clone() for name, value in state.policy.state_dict().items()})
-    monkeypatch.setattr(train_dapo, "generate", generate_of_step)
+    monkeypatch.setattr(train_dapo, "generate", generate_and_keep)
     monkeypatch.setattr(train_dapo, "update_policy", update_once_writing)
     monkeypatch.setattr(train_dapo, "sync_weights", sync_and_keep)
+    start = time.perf_counter()
     steps = train_steps(state, prompts)
+    # no second counts twice, though steps share some
+    assert sum(step.metrics["time/step"] for step in steps) <= time.perf_counter() - start
 
     # the stream's order, without a gap; nothing of a fifth step
-    assert [at for _, positions, _ in written for at in positions] == list(
+    assert [at for _, positions in written for at in positions] == list(
         range(steps[-1].metrics["prompts_drawn"]))
-    drawn = {step: max(positions) + 1 for step, positions, _ in written}
+    drawn = {step: max(positions) + 1 for step, positions in written}
     assert drawn == {f"step {step.metrics['step']}": step.metrics["prompts_drawn"]
                      for step in steps}
     # after training steps 0, 0, 1, 2 (and not one more): the sampler's log-probs are recomputed
@@ -364,18 +473,14 @@ def test_ahead_each_step_is_written_while_the_one_before_trains(make_ahead, trai
 def mismatch(state, weights: dict, groups: list) -> float:
     """The mean difference of the sampler's log-probs from those under these weights."""
     state.policy.load_state_dict(weights)
-    compute_logprobs = import_module("infra.logprobs").compute_logprobs
-    sample = import_module("sampling").Sample
-    flat = [(group.prompt.token_ids, response) for group in groups for response in group.responses]
-    ours = compute_logprobs(state, state.policy, [sample(ids, response.token_ids, 0.0)
-                                                  for ids, response in flat])
-    theirs = [torch.from_numpy(response.logprobs) for _, response in flat]
-    return (torch.cat(ours) - torch.cat(theirs)).abs().mean().item()
+    return mean_mismatch(state, [group.prompt.token_ids for group in groups],
+                         [group.responses for group in groups])
 
 
 @of_fork("one_step_ahead")
 def test_ahead_the_step_after_a_skipped_one_is_written_by_the_newest_policy(
-        make_ahead, train_steps, fake_rollouts):
+        make_ahead, train_steps, fake_rollouts, monkeypatch):
+    monkeypatch.setattr(import_module("train_dapo"), "check_weight_sync", lambda *_: None)
     state, prompts = make_ahead("total_training_steps=3", "data.gen_batch_size=4",
                                 "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
     skipped = range(4, 8)  # step 2
@@ -397,10 +502,10 @@ def test_ahead_an_error_of_the_thread_ends_the_run_and_so_does_a_sync_that_does_
     sync(import_module("infra.distributed").iter_full_weights(state.policy, tied=True))
     generate = train_dapo.generate
 
-    def generate_once(state, prompts, positions, purpose, params):
-        if purpose == "step 2":
+    def generate_once(state, prompts, params, stream, description):
+        if description == "step 2":
             raise ConnectionError("the server is gone")
-        return generate(state, prompts, positions, purpose, params)
+        return generate(state, prompts, params, stream, description)
     monkeypatch.setattr(train_dapo, "generate", generate_once)
     with pytest.raises(OSError, match="^the server is gone$"):
         train_steps(state, prompts)
@@ -481,12 +586,13 @@ def run(copy: Path, run_dir: str, *overrides: str, script: str = "train_dapo.py"
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_trains_two_steps_with_the_same_command(name, tmp_path):
     apply_fork(name, tmp_path / "copy")
-    more = []
+    script, more = "train_dapo.py", []
     if name == "one_step_ahead":  # it needs a server, or this
         (tmp_path / "copy/own_weights.py").write_text(OWN_WEIGHTS)
-        more = [CORRECTED]
-    rows = run(tmp_path / "copy", "run", *more,
-               script="own_weights.py" if more else "train_dapo.py")
+        script, more = "own_weights.py", [CORRECTED]
+    elif name == "router_aux_loss":  # an untrained model, whose answers are all wrong
+        more = [make_experts(tmp_path / "base"), "filter_groups.metric=seq_reward"]
+    rows = run(tmp_path / "copy", "run", *more, script=script)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["actor/grad_norm"] > 0
     assert all(math.isfinite(row[LOGGED[name]]) for row in rows[1:])
 

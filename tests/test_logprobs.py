@@ -20,7 +20,7 @@ from infra.logprobs import (check_logprob_mismatch, check_weight_sync, fused_lin
 from infra.packing import enable_packing, packing_kind
 from infra.precision import fp32_head
 from rollout import SamplingParams, generate
-from sampling import Sample
+from data_types import Sample
 
 
 def tensor(*rows):

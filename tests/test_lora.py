@@ -23,7 +23,7 @@ from infra.logprobs import compute_logprobs
 from infra.lora import add_adapters
 from infra.setup import copy_without_weights, load_model, make_engine, sync_weights
 from rollout import transformers_engine
-from sampling import Sample
+from data_types import Sample
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import kill_and_resume, run_differences
@@ -107,31 +107,51 @@ def test_frozen_layers_get_no_adapters(model):
     assert len(adapters(model)) == 14 and not any("layers.0" in name for name in adapters(model))
 
 
-def test_layers_whose_names_peft_takes_for_experts_are_left_out():
-    """Or it would put adapters on the fused experts."""
-    def make(kind, **settings):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **settings))
-    dense_first = make("qwen3_moe", mlp_only_layers=[0])
-    make_lora(dense_first)
-    assert {name.split(".")[3] for name in adapters(dense_first)} == {"self_attn"}
-    with pytest.raises(ValueError, match="peft takes up_proj for the fused experts"):
-        make_lora(make("qwen3_moe", mlp_only_layers=[0]), "up_proj")
+def make_tiny(kind, **settings):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings}))
 
 
-def test_layers_that_a_mamba_kernel_reads_are_left_out():
-    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "mamba2", vocab_size=28, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
-        state_size=8, n_groups=1, bos_token_id=None, eos_token_id=0, pad_token_id=0))
-    make_lora(mamba)
-    layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in adapters(mamba)}
-    assert layers == {"in_proj"}
+def adapted_leaves(policy) -> set[str]:
+    return {name.partition(".lora_")[0].rpartition(".")[2] for name in adapters(policy)}
+
+
+@pytest.mark.parametrize(("kind", "settings", "left_out"), [
+    ("qwen3_moe", {"mlp_only_layers": [0]}, {"gate_proj", "up_proj", "down_proj"}),
+    ("qwen3_next", {"num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
+     {"gate_proj", "up_proj", "down_proj"}),
+    ("llama4_text", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
+                     "interleave_moe_layer_step": 2}, {"gate_proj", "up_proj", "down_proj"}),
+    ("mamba", {"state_size": 8}, {"x_proj", "dt_proj", "out_proj"}),
+    ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, {"out_proj"}),
+    ("bamba", {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+               "attn_layer_indices": [1]}, {"out_proj"})])
+def test_all_linear_leaves_out_layers_whose_adapters_would_not_work(kind, settings, left_out):
+    """MLPs beside experts, for which peft would mistake them; weights that Mamba's layers read."""
+    policy = make_tiny(kind, **settings)
+    linear = {name.rpartition(".")[2] for name, layer in policy.named_modules()
+              if type(layer) is torch.nn.Linear}
+    make_lora(policy)
+    assert linear - adapted_leaves(policy) == left_out | {"lm_head"}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's, of what it mistook
+@pytest.mark.parametrize(("target", "message"), [
+    ("gate_proj,up_proj,down_proj", "model.lora_target: peft mistakes layers of MLPs for experts"),
+    ("down_proj", "model.lora_target: peft mistakes layers of MLPs for experts"),
+    ("q_proj,up_proj", "Cannot convert PEFT")])  # peft's own
+def test_adapters_that_peft_would_put_on_experts_are_an_error(target, message):
+    """They would be trained, and no engine would get them."""
+    with pytest.raises(ValueError, match=message) as error:
+        make_lora(make_tiny("qwen3_moe", mlp_only_layers=[0]), target)
+    assert "\n" not in str(error.value)
 
 
 # ---- merged weights ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("kind", "target", "tied"), [
     ("llama", "all-linear", True), ("llama", "q_proj,lm_head", False), ("gpt2", "all-linear", True),
-    ("qwen3_moe", "all-linear", False)])
+    ("qwen3_moe", "all-linear", False), ("qwen2_moe", "all-linear", False),
+    ("llama4_text", "all-linear", False), ("mamba", "all-linear", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_weights_are_the_policys_under_the_names_of_the_base(kind, target, tied, dtype):
     settings = {**SMALL, "tie_word_embeddings": tied}

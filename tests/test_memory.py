@@ -12,7 +12,13 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, TINY, read_rows
 from test_distributed import LAUNCH
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+)
 
 import evaluate
 import infra.checkpoint
@@ -39,7 +45,7 @@ def test_the_first_lines_say_what_memory_the_run_will_need(make_state, capsys):
 
 
 def test_a_warning_says_what_to_lower_if_it_is_more_than_there_is(make_state, capsys, monkeypatch):
-    monkeypatch.setattr(infra.memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=10**7))
+    monkeypatch.setattr(infra.memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 10**6))
     make_state("rollout.max_num_seqs=4")
     assert "may not suffice to update: lower actor.max_tokens" in capsys.readouterr().out
     make_state("actor.max_tokens_per_micro_batch=10")
@@ -97,12 +103,96 @@ def test_less_at_a_time_takes_less():
 
 def test_a_model_with_other_names_has_an_estimate_too():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=2))
-    assert parts(model=gpt2)["update"]["activations"] > 0
-    gpt2.config.intermediate_size = [64, 128]  # one for each layer, as gemma3n has them
-    assert parts(model=gpt2)["update"]["activations"] > 0
+    known = parts(model=gpt2)["update"]
+    assert known["activations"] > 0
     gpt2.config.get_text_config = lambda **_: PreTrainedConfig()  # no name is known
-    few = parts(model=gpt2)["update"]
-    assert few["weights"] == sum(p.nbytes for p in gpt2.parameters()) and sum(few.values()) > 0
+    assert parts(model=gpt2)["update"] == known
+    gemma4 = AutoModelForCausalLM.from_config(AutoConfig.for_model(  # head sizes differ by layer
+        "gemma4_text", vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=30))
+    assert parts(model=gemma4)["generate"]["engine"] > 0
+
+
+def by_formula(model, config, ranks: int, sharded: bool, gpu_memory: int) -> dict[str, float]:
+    """What docs/SCALING.md's formulas say of a dense model that generates by transformers and has
+    several micro-batches."""
+    sizes, P, T = model.config, config.data.max_prompt_length, config.data.max_response_length
+    H, L, V = sizes.hidden_size, sizes.num_hidden_layers, sizes.vocab_size
+    K = H * sizes.num_key_value_heads // sizes.num_attention_heads
+    N, R = sum(p.numel() for p in model.parameters()), ranks if sharded else 1
+    body = N - V * H * (1 if sizes.tie_word_embeddings else 2)
+    w, c = model.dtype.itemsize, 2 if config.mixed_precision == "bf16" else model.dtype.itemsize
+    autocast = w != c and not sharded
+    M = config.actor.max_tokens_per_micro_batch
+    n = M * T / (P + T)  # the tokens of responses
+    C = min(n * V, 2**27 if gpu_memory else 2**25)
+    Z = min(n * V, gpu_memory / 64 if gpu_memory else 2**25)
+    layer = M * ((8 + 4 * c) * H + 2 * c * (H + K) + 4 * c * sizes.intermediate_size
+                 + autocast * (8 + c) * H)
+    head = ((4 if c == 4 else 8) * V * H + 4 * C + 4 * max(Z, C) + 2 * c * n * H
+            + autocast * c * V * H)
+    last = M * (4 + 2 * c) * H
+    if config.model.gradient_checkpointing:
+        backward = M * L * (w if autocast else c) * H + last + max(head, layer)
+    else:
+        backward = L * layer + last + head + autocast * c * body
+    shared = 3 * w * N / R + w * N * (ranks > 1 and not sharded)  # weights, moments; DDP's buckets
+    copy = sharded * c * N
+    gathered = sharded * (2 * c + 4) * (body / L + V * H)
+    B = config.rollout.max_num_seqs
+    cache = 2 * (w if autocast else c) * L * K * B * (P + T)
+    return {"generate": shared + copy + cache + (c + 12) * B * V + autocast * c * N,
+            "update": shared + copy + w * N / R + gathered + backward}
+
+
+@pytest.mark.parametrize("gpu_memory", [0, 80 * 10**9])
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (8, False), (8, True)])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(("kind", "shape"), [  # those of Qwen2.5-0.5B and Llama-2-7B
+    ("qwen2", (151936, 896, 24, 14, 2, 4864)), ("llama", (32000, 4096, 32, 32, 32, 11008))])
+def test_a_dense_models_estimate_is_within_30_percent_of_the_exact_formulas(
+        kind, shape, dtype, checkpointing, ranks, sharded, gpu_memory):
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "intermediate_size")
+    sizes = AutoConfig.for_model(kind, tie_word_embeddings=kind == "qwen2",
+                                 **dict(zip(names, shape, strict=True)))
+    weights = "float32" if dtype == "autocast" else dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, weights))
+    for prompt, response in ((64, 512), (1024, 8192)):
+        config = load_config("config.yaml", [
+            f"model.dtype={weights}", f"mixed_precision={'bf16' if dtype == 'autocast' else 'no'}",
+            f"model.gradient_checkpointing={checkpointing}", f"data.max_prompt_length={prompt}",
+            f"data.max_response_length={response}", "actor.max_tokens_per_micro_batch=16384",
+            "actor.ppo_mini_batch_size=512", "rollout.max_num_seqs=128"])
+        estimate = estimate_memory(config, model, None, ranks, sharded, False, gpu_memory)
+        for phase, exact in by_formula(model, config, ranks, sharded, gpu_memory).items():
+            assert sum(estimate[phase].values()) == pytest.approx(exact, rel=0.3), phase
+
+
+def test_the_32b_run_is_within_15_percent_of_its_page():
+    """docs/SCALING.md: 42 GB to update; weights and moments, 3.1 GB, stay beside vLLM's share."""
+    shape = {"vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 64,
+             "num_attention_heads": 40, "num_key_value_heads": 8, "intermediate_size": 27648}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape))
+    config = load_config("configs/dapo_qwen2.5_32b.yaml")
+    estimate = estimate_memory(config, model, None, 128, True, True, 80 * 10**9)
+    assert sum(estimate["update"].values()) == pytest.approx(42e9, rel=0.15)
+    share = config.rollout.gpu_memory_utilization * 80e9
+    assert sum(estimate["generate"].values()) - share == pytest.approx(3.1e9, rel=0.15)
+
+
+def test_a_mixture_counts_the_experts_that_a_token_goes_to():
+    shape = {"vocab_size": 30, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2,
+             "num_key_value_heads": 2, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    few, many = (AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("qwen3_moe", num_experts=experts, **shape)) for experts in (4, 64))
+    few, many = parts(model=few)["update"], parts(model=many)["update"]
+    assert many["weights"] > 5 * few["weights"]
+    assert many["activations"] < 2 * few["activations"]
 
 
 # ---- out of memory ----

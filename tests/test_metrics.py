@@ -13,23 +13,31 @@ from conftest import make_group
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from infra.data import Prompt
-from infra.metrics import (StatTotals, actor_metrics, mean, progress_text, rollout_metrics,
-                           rollout_records, token_texts)
-from losses import Stat
-from reward import Score
-from sampling import Sample
+from data_types import Prompt, Sample, Score, Stat, Update
+from infra.metrics import StepRecord, actor_metrics, mean, progress_text, rollout_metrics
+from infra.rollout_files import rollout_records
+from infra.tokens import token_texts
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 VALUES = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
 PROMPT = Prompt(0, "1+1?", [1], "2", {})
 
 
+def make_record(*updates: list, saved: int = 0, grad_norm: float | None = 1.0) -> StepRecord:
+    """The record of a step with these updates, of micro-batches (statistics, mask, samples)."""
+    record = StepRecord(1, SimpleNamespace(save_rollouts=saved, save_token_stats=True))
+    for micro_batches in updates:
+        record.add_update(make_update(*micro_batches, grad_norm=grad_norm))
+    return record
+
+
+def make_update(*micro_batches: tuple, grad_norm: float | None = 1.0) -> Update:
+    return Update(grad_norm, 7, [(samples[0] if samples else [], mask, stats)
+                                 for stats, mask, *samples in micro_batches])
+
+
 def reduced(*micro_batches: tuple[dict, torch.Tensor]) -> dict[str, float]:
-    totals = StatTotals()
-    for stats, mask in micro_batches:
-        totals.add(stats, mask)
-    return totals.reduce(Accelerator(cpu=True))
+    return make_record(micro_batches).reduce_stats(Accelerator(cpu=True))
 
 
 # ---- statistics that losses return ----
@@ -73,12 +81,9 @@ def test_a_scalar_is_a_part_of_a_sum_or_the_same_for_all_tokens_of_a_mean():
     assert reduced((part, MASK), (part, MASK)) == {"sum": 0.5, "mean": 4}
 
 
-def test_no_gradient_is_kept_and_what_stands_in_the_padding_has_no_effect():
-    values = torch.where(MASK, VALUES, torch.nan).requires_grad_()
-    totals = StatTotals()
-    totals.add({"x": Stat(values), "y": Stat(values, "max")}, MASK)
-    assert not totals.sums["x"].requires_grad and not totals.maxima["y"].requires_grad
-    assert totals.reduce(Accelerator(cpu=True)) == {"x": 3, "y": 6}
+def test_what_stands_in_the_padding_has_no_effect():
+    values = torch.where(MASK, VALUES, torch.nan)
+    assert reduced(({"x": Stat(values), "y": Stat(values, "max")}, MASK)) == {"x": 3, "y": 6}
 
 
 def test_tokens_of_saved_responses_are_kept_as_they_were_trained_last():
@@ -86,18 +91,17 @@ def test_tokens_of_saved_responses_are_kept_as_they_were_trained_last():
     first, second = (Sample([1], response.token_ids, 0.0, key=(0, i))
                      for i, response in enumerate(saved.responses))
     unsaved = Sample([1], other.responses[0].token_ids, 0.0, key=(1, 0))
-    config = SimpleNamespace(save_rollouts=1, save_token_stats=True)
-    totals, accelerator = StatTotals(config, [saved, other]), Accelerator(cpu=True)
-    totals.add({"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "other": Stat(VALUES)},
-               torch.ones(2, 3, dtype=torch.bool), [first, unsaved])
-    totals.grad_norms.append(1.0)
-    assert totals.gather_token_stats(accelerator) == {
+    record = make_record(saved=1)
+    record.groups = [saved, other]
+    stats = {"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "other": Stat(VALUES)}
+    record.add_update(make_update((stats, torch.ones(2, 3, dtype=torch.bool), [first, unsaved])))
+    assert record.gather_token_stats() == {
         (0, 0): {"update": 1, "values": {"ratio": [1.25, 0.1235]}, "flags": {}}}
     stats = {"entropy": Stat(torch.tensor([[2.0], [3.0]])),  # one value for all tokens
              "clip_frac_low": Stat(torch.tensor([[False, True], [False, False]]))}
-    totals.add(stats, torch.tensor([[True, True], [False, False]]),
-               [first, replace(second, in_loss=False)])  # by overlong filtering
-    assert totals.gather_token_stats(accelerator) == {
+    record.add_update(make_update((stats, torch.tensor([[True, True], [False, False]]),
+                                   [first, replace(second, in_loss=False)])))  # overlong filtering
+    assert record.gather_token_stats() == {
         (0, 0): {"update": 2, "values": {"entropy": [2.0, 2.0]}, "flags": {"clip_frac_low": [1]}}}
 
 
@@ -110,22 +114,23 @@ def test_a_statistic_over_no_token_is_left_out():
 
 def test_an_unknown_reduction_is_named_with_the_legal_ones():
     with pytest.raises(ValueError, match="Stat x: reduce 'median' is none of mean, sum, max"):
-        StatTotals().add({"x": Stat(VALUES, "median")}, MASK)
+        reduced(({"x": Stat(VALUES, "median")}, MASK))
 
 
 def test_the_loss_is_a_mean_over_optimizer_steps():
-    totals = StatTotals()
+    record = make_record()
     for loss in (1.0, 2.0):  # two mini-batches of two micro-batches each
-        for _ in range(2):
-            totals.add({"loss": Stat(torch.tensor(loss / 2), "sum"), "x": Stat(VALUES)}, MASK)
-        totals.grad_norms.append(loss)
-    assert actor_metrics(Accelerator(cpu=True), totals, lr=0.1) == {
+        stats = {"loss": Stat(torch.tensor(loss / 2), "sum"), "x": Stat(VALUES)}
+        record.add_update(make_update((stats, MASK), (stats, MASK), grad_norm=loss))
+    record.add_update(None)  # a mini-batch without a sample in the loss
+    assert record.trained_tokens == 2 * 7
+    assert actor_metrics(Accelerator(cpu=True), record, lr=0.1) == {
         "actor/lr": 0.1, "actor/loss": 1.5, "actor/x": 3, "actor/grad_norm": 1.5,
         "actor/max_grad_norm": 2}
 
 
 def test_without_an_update_there_are_no_statistics():
-    assert actor_metrics(Accelerator(cpu=True), StatTotals(), lr=0.1) == {"actor/lr": 0.1}
+    assert actor_metrics(Accelerator(cpu=True), make_record(), lr=0.1) == {"actor/lr": 0.1}
 
 
 # ---- rollouts ----

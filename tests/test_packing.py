@@ -17,7 +17,7 @@ from infra.packing import (PACKED_ATTENTION, block_sdpa, enable_packing, make_bl
                            packed_attention, packing_kind, varlen_works)
 from infra.setup import copy_without_weights
 from rollout import SamplingParams, transformers_generate
-from sampling import Sample
+from data_types import Sample
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0}

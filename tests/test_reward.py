@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_types import Score, Task
 from infra.reward_function import load_reward_function, score_task
 from reward import (
-    Score,
-    Task,
     failed_score,
     mean_extra,
     overlong_penalty,

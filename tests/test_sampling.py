@@ -8,34 +8,40 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_group, make_response, make_score
 
-from infra.data import Prompt
+from data_types import Group, Prompt, Score
 from infra.rng import make_rng
-from reward import Score
-from sampling import (Group, draw_prompts, generation_batch_size, is_informative, keep_group,
-                      make_groups, select_groups, underfilled_message)
+from sampling import (draw_prompts, generation_batch_size, is_informative, keep_group, make_groups,
+                      prompt_at, select_groups, underfilled_message)
 
 PROMPTS = [Prompt(i, f"p{i}", [i], str(i), {}) for i in range(10)]
 
 
 # ---- the stream ----
 
+def ids_at(positions: range, seed: int = 1) -> list[int]:
+    return [prompt_at(PROMPTS, position, seed).id for position in positions]
+
+
 def test_each_epoch_has_every_prompt_once_and_an_order_of_its_own():
-    drawn = [prompt.id for prompt in draw_prompts(PROMPTS, 0, 30, seed=1)]
+    drawn = ids_at(range(30))
     epochs = drawn[:10], drawn[10:20], drawn[20:]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_batch_across_the_end_of_an_epoch_neither_loses_nor_repeats_a_prompt():
-    parts = []
-    for position in range(0, 24, 8):
-        parts += draw_prompts(PROMPTS, position, 8, seed=1)
-    assert draw_prompts(PROMPTS, 0, 24, seed=1) == parts
+    config, drawn, generated = settings(gen_batch_size=8, seed=1), [], []
+    for _ in range(3):
+        prompts = draw_prompts(PROMPTS, config, {"prompts_drawn": 5}, generated, kept=0)
+        drawn += prompts
+        generated += [make_group(prompt.position, prompt, [1, 0]) for prompt in prompts]
+    assert [prompt.position for prompt in drawn] == list(range(5, 29))
+    assert [prompt.id for prompt in drawn] == ids_at(range(5, 29))
 
 
 def test_the_seed_determines_the_order():
-    assert draw_prompts(PROMPTS, 5, 10, 1) == draw_prompts(PROMPTS, 5, 10, 1)
-    assert draw_prompts(PROMPTS, 5, 10, 1) != draw_prompts(PROMPTS, 5, 10, 2)
+    assert ids_at(range(5, 15)) == ids_at(range(5, 15))
+    assert ids_at(range(5, 15)) != ids_at(range(5, 15), seed=2)
 
 
 def test_a_random_stream_for_each_purpose():
@@ -45,10 +51,10 @@ def test_a_random_stream_for_each_purpose():
     assert first[0] == first[1] and len(set(first)) == 4
 
 
-def settings(train_batch_size=32, gen_batch_size="auto", **overlong) -> SimpleNamespace:
+def settings(train_batch_size=32, gen_batch_size="auto", seed=0, **overlong) -> SimpleNamespace:
     overlong = {"enable": False, "len": 4, "penalty_factor": 1.0, **overlong}
     return SimpleNamespace(
-        data=SimpleNamespace(train_batch_size=train_batch_size, gen_batch_size=gen_batch_size,
+        seed=seed, data=SimpleNamespace(train_batch_size=train_batch_size, gen_batch_size=gen_batch_size,
                              max_response_length=10),
         filter_groups=SimpleNamespace(enable=True, metric="acc", at_limit="train"),
         overlong_buffer=SimpleNamespace(**overlong))
@@ -83,10 +89,10 @@ def test_a_reward_is_the_score_with_the_overlong_penalty(length, penalty):
     responses = [[make_response(3), make_response(length)]]
     scores = [[make_score(1), make_score(0)]]
     config = settings(enable=True, penalty_factor=2.0)
-    (group,) = make_groups(config, range(5, 6), PROMPTS[:1], responses, scores)
+    (group,) = make_groups(config, PROMPTS[:1], responses, scores)
     assert group.rewards == group.final_rewards == [1, -1 + penalty]
-    assert group.scores == scores[0] and (group.position, group.prompt) == (5, PROMPTS[0])
-    (plain,) = make_groups(settings(), range(1), PROMPTS[:1], responses, scores)
+    assert group.scores == scores[0] and group.prompt == PROMPTS[0]
+    (plain,) = make_groups(settings(), PROMPTS[:1], responses, scores)
     assert plain.rewards == [1, -1]
 
 
@@ -103,7 +109,7 @@ def keeps(group: Group, metric: str, enable: bool = True) -> bool:
 
 def test_the_filter_looks_at_the_metric_that_is_named():
     scores = [Score(0.0, -1.0), Score(0.0, -1.0)]
-    group = Group(0, PROMPTS[0], [make_response()] * 2, scores, rewards=[-1.0, -1.5],
+    group = Group(PROMPTS[0], [make_response()] * 2, scores, rewards=[-1.0, -1.5],
                   final_rewards=[-1.25, -1.25])
     kept = [keeps(group, metric) for metric in ("acc", "score", "seq_reward", "seq_final_reward")]
     assert kept == [False, False, True, False]
@@ -121,7 +127,7 @@ def test_without_an_accuracy_the_filter_compares_scores():
 def test_a_short_answer_is_not_preferred():
     """Groups are trained in the order of the prompt stream, whatever their length."""
     kept = [make_group(i, PROMPTS[i], [1, 0], length=90 - 10 * i) for i in range(6)]
-    assert [group.position for group in select_groups(kept, settings(4))] == [0, 1, 2, 3]
+    assert [group.prompt.position for group in select_groups(kept, settings(4))] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("at_limit, count", [("train", 2), ("skip", 0), ("error", 0)])
@@ -142,7 +148,8 @@ def message(*groups, kept=(), metric: str = "acc", finish_reason: str = "stop") 
     """For a step that generated groups of these scores, and kept those."""
     made = [make_group(i, PROMPTS[i], scores, finish_reason=finish_reason)
             for i, scores in enumerate([*kept, *groups])]
-    return underfilled_message(3, made[:len(kept)], made, 2, metric)
+    record = SimpleNamespace(step=3, generated=made, gen_batches=2)
+    return underfilled_message(record, made[:len(kept)], metric)
 
 
 def test_groups_that_are_all_correct_ask_for_harder_prompts():

@@ -1,22 +1,30 @@
 """Requests to slow, broken or absent servers: fakes here, real ones in test_vllm_server.py."""
 
+import gc
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import infra.vllm_server
+from data_types import SamplingParams
 from infra.config import load_config
-from infra.vllm_server import Servers, complete, healthy_servers, run_async
+from infra.vllm_server import Servers, check_servers, generate_on_servers, run_async, send_by_disk
 
 
 @pytest.fixture
 def fake_server():
-    """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON)."""
+    """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON), or
+    None: it closes the connection. It hangs as long as `answers` does, at most until the end."""
     running = []
 
     def start(answers):
@@ -24,9 +32,12 @@ def fake_server():
             def do_GET(self):
                 length = int(self.headers.get("Content-Length", 0))
                 body = json.loads(self.rfile.read(length)) if length else None
-                status, answer = answers(self.path, body)
-                content = json.dumps(answer).encode()
-                self.send_response(status)
+                answer = answers(self.path, body)
+                if answer is None:
+                    self.close_connection = True
+                    return
+                content = json.dumps(answer[1]).encode()
+                self.send_response(answer[0])
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -50,82 +61,166 @@ def unused_url():
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def answer(path, body, reason="stop", tokens=1, seconds=0.0):
-    """A server with weights of version 1 answers so; the response is the prompt `tokens` times."""
+def answer(path, body, reason="stop", tokens=1):
+    """A server with weights of version 1 answers so; a response is the prompt `tokens` times."""
+    if path == "/get_world_size":
+        return 200, {"world_size": 1}
     if path != "/v1/completions":
         return 200, {"weight_version": "1", "success": True}
-    time.sleep(seconds)
     ids, logprobs = body["prompt"] * tokens, [-1.0] * tokens
-    return 200, {"choices": [{"index": 0, "finish_reason": reason, "token_ids": ids,
-                              "logprobs": {"token_logprobs": logprobs}}]}
+    return 200, {"choices": [{"index": i, "finish_reason": reason, "token_ids": ids,
+                              "logprobs": {"token_logprobs": logprobs}} for i in range(body["n"])]}
 
 
-def fail(path, body):
-    return (500, {"error": "out of luck"}) if path == "/v1/completions" else answer(path, body)
+def closes(path, body):
+    """The process is gone."""
 
 
-def make_servers(*urls, timeout=0, warnings=None, weights_dir=None):
-    warn = print if warnings is None else warnings.append
-    return Servers(list(urls), timeout, weights_dir, warn, version="1")
+def fails(path, body):
+    return 500, {"error": "out of luck"}
 
 
-def check(servers, at_least=1):
-    return run_async(healthy_servers, servers, at_least)
+def hangs(path, body):
+    time.sleep(60)
 
 
-def generate(count, servers, concurrency=4):
-    """The first tokens of the responses to the prompts [0], [1], ..."""
-    bodies = [{"prompt": [i], "max_tokens": 5} for i in range(count)]
-    return [rows[0][0][0] for rows in run_async(complete, servers, bodies, concurrency)]
+def only(request, does, path, body):
+    """As usual, but to requests for `request`, `does`."""
+    return does(path, body) if path == request else answer(path, body)
 
 
-def test_if_no_server_answers_the_error_says_which_for_how_long_and_what_to_do():
-    url, warnings = unused_url(), []
-    with pytest.raises(ConnectionError, match=f"^{url} does not answer .*rollout.server_timeout=0"
-                       " s: restart it, then run the same command again$"):
-        check(make_servers(url, warnings=warnings))
-    assert len(warnings) == 1 and url in warnings[0]
+def make_servers(*urls, timeout=5, version="1"):
+    return Servers(list(urls), timeout, version)
 
 
-def test_a_server_that_is_gone_is_reported_once_and_the_others_do_its_work(fake_server):
-    warnings, gone = [], unused_url()
-    servers = make_servers(gone, fake_server(answer), warnings=warnings)
-    for _ in range(2):
-        assert generate(9, servers) == list(range(9))
-    assert len(warnings) == 1 and gone in warnings[0]
-    with pytest.raises(ConnectionError, match=gone):
-        check(servers, at_least=2)  # as a run starts: a URL may be misspelt
+@pytest.fixture
+def generate(tokenizer):
+    """`generate(count, servers)`: the token ids of a response to each of the prompts [0], [1], ..."""
+    def generate(count, servers, max_num_seqs=4, n=1):
+        prompts, seeds = [[i] for i in range(count)], [(i,) for i in range(count)]
+        groups = generate_on_servers(servers, tokenizer, [0], max_num_seqs, prompts, seeds,
+                                     SamplingParams(n, max_tokens=5))
+        return [response.token_ids.tolist() for group in groups for response in group]
+    return generate
 
 
-def test_a_request_that_fails_goes_to_another_server(fake_server):
-    servers = make_servers(fake_server(fail), fake_server(answer), timeout=5)
-    assert generate(2, servers, concurrency=1) == [0, 1]
+# ---- checks --------------------------------------------------------------------------------------
+
+def test_a_server_that_does_not_answer_is_an_error_that_says_which_and_what_to_do(fake_server):
+    url = unused_url()
+    with pytest.raises(OSError, match=f"^{url}/weight_info: does not answer .*: repair or restart "
+                       "it, then run the same command again$"):
+        run_async(check_servers, make_servers(fake_server(answer), url))
 
 
-def test_an_aborted_response_is_requested_again(fake_server):
-    """As vLLM answers when it is told to end, or when another client aborts its requests."""
-    warnings = []
-    aborts = fake_server(partial(answer, reason="abort"))
-    servers = make_servers(aborts, fake_server(answer), timeout=5, warnings=warnings)
-    assert generate(2, servers, concurrency=1) == [0, 1]
-    assert warnings == [f"warning: {aborts} aborted a response (abort)"]
+def test_a_server_with_other_weights_is_an_error(fake_server):
+    """It was restarted, or another run sends it weights."""
+    url = fake_server(answer)
+    run_async(check_servers, make_servers(url, version=""))
+    run_async(check_servers, make_servers(url, version="1"))
+    message = f"^{url} has other weights .1.: it was restarted, .* run the same command again"
+    with pytest.raises(OSError, match=message):
+        run_async(check_servers, make_servers(url, version="2"))
 
 
-def test_a_response_cut_before_the_limit_is_an_error(fake_server):
+def test_a_server_without_weight_requests_is_an_error_with_a_hint(fake_server):
+    with pytest.raises(OSError, match="/weight_info: 404, .*VLLM_SERVER_DEV_MODE=1"):
+        run_async(check_servers, make_servers(fake_server(lambda path, body: (404, {}))))
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+def test_servers_take_turns(generate, fake_server):
+    prompts = [[], [], []]
+
+    def remember(mine, path, body):
+        if path == "/v1/completions":
+            mine.append(body["prompt"][0])
+        return answer(path, body)
+    servers = make_servers(*(fake_server(partial(remember, mine)) for mine in prompts))
+    assert generate(8, servers) == [[i] for i in range(8)]
+    assert [sorted(mine) for mine in prompts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_as_many_requests_are_in_progress_as_allowed(generate, fake_server):
+    running, most, lock = [0], [0], threading.Lock()
+
+    def count(path, body):
+        if path == "/v1/completions":
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.1)
+            with lock:
+                running[0] -= 1
+        return answer(path, body)
+    assert len(generate(8, make_servers(fake_server(count)), max_num_seqs=7, n=2)) == 16
+    assert most == [3]
+
+
+@pytest.mark.parametrize(("does", "message"), [
+    (closes, "does not answer .*: repair or restart it, then run the same command again"),
+    (fails, "500, .*out of luck.*: repair or restart it, then run the same command again"),
+    (partial(answer, reason="abort"), "aborted a response .abort.: run the same command again")],
+    ids=["dies", "fails", "aborts"])
+def test_a_request_that_fails_is_an_error_at_once(generate, fake_server, does, message):
+    """No other server takes it over, and other requests are not waited for."""
+    failing = fake_server(partial(only, "/v1/completions", does))
+    hanging = fake_server(partial(only, "/v1/completions", hangs))
+    start = time.monotonic()
+    with pytest.raises(OSError, match=f"^{failing}.*{message}$"):
+        generate(2, make_servers(hanging, failing))
+    assert time.monotonic() - start < 3
+
+
+def test_a_server_that_hangs_while_it_generates_is_an_error_within_the_limit(
+        generate, fake_server, monkeypatch, caplog):
+    monkeypatch.setattr(infra.vllm_server, "CHECK_SECONDS", 0.2)
+    url, start = fake_server(hangs), time.monotonic()
+    with pytest.raises(OSError, match=f"^{url}/weight_info: does not answer .for 1 s.: repair"):
+        generate(8, make_servers(fake_server(answer), url, fake_server(hangs), timeout=1))
+    assert 1 <= time.monotonic() - start < 3
+    gc.collect()
+    assert caplog.text == ""  # of the other requests
+
+
+def test_a_response_may_take_longer_than_a_check(generate, fake_server, monkeypatch):
+    monkeypatch.setattr(infra.vllm_server, "CHECK_SECONDS", 0.2)
+
+    def slow(path, body):
+        time.sleep(2)
+        return answer(path, body)
+    url = fake_server(partial(only, "/v1/completions", slow))
+    assert generate(2, make_servers(url, timeout=1)) == [[0], [1]]
+
+
+def test_a_server_that_another_run_sends_weights_to_is_an_error(generate, fake_server):
+    version = ["1"]
+
+    def shared(path, body):
+        if path == "/v1/completions":
+            version[0] = "another's"
+            return answer(path, body)
+        return 200, {"weight_version": version[0]}
+    with pytest.raises(OSError, match="has other weights .another's.: .*serves another run"):
+        generate(1, make_servers(fake_server(shared)))
+
+
+def test_a_response_cut_before_the_limit_is_an_error(generate, fake_server):
     generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=5))))
     message = "cut a response after 4 tokens, not 5: its --max-model-len"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OSError, match=message):
         generate(1, make_servers(fake_server(partial(answer, reason="length", tokens=4))))
 
 
-def test_an_answer_without_token_ids_is_an_error(fake_server):
+def test_an_answer_without_token_ids_is_an_error(generate, fake_server):
     def other(path, body):
         return 200, {"weight_version": "1", "choices": [{"index": 0, "finish_reason": "stop"}]}
-    with pytest.raises(ValueError, match="returns no token ids"):
+    with pytest.raises(OSError, match="returns no token ids"):
         generate(1, make_servers(fake_server(other)))
 
 
-def test_the_responses_of_a_group_come_in_their_order(fake_server):
+def test_the_responses_of_a_group_come_in_their_order(generate, fake_server):
     def reversed_choices(path, body):
         status, reply = answer(path, body)
         if path == "/v1/completions":
@@ -133,86 +228,143 @@ def test_the_responses_of_a_group_come_in_their_order(fake_server):
             reply["choices"] = [{**choice, "index": i, "token_ids": [i]} for i in (2, 0, 1)]
         return status, reply
     servers = make_servers(fake_server(reversed_choices))
-    bodies = [{"prompt": [7], "max_tokens": 5}]
-    (rows,) = run_async(complete, servers, bodies, 1)
-    assert [ids.tolist() for ids, _, _ in rows] == [[0], [1], [2]]
+    assert generate(1, servers, n=3) == [[0], [1], [2]]
 
 
-def test_a_server_that_another_run_sends_weights_to_is_an_error(fake_server):
-    version = ["1"]
+# ---- weights -------------------------------------------------------------------------------------
 
-    def shared(path, body):
-        status, reply = answer(path, body)
-        if path == "/v1/completions":
-            version[0] = "another's"
-        return status, {**reply, "weight_version": version[0]}
-    with pytest.raises(ValueError, match="has other weights .another's.: .*serves another run"):
-        generate(1, make_servers(fake_server(shared)))
+def test_a_server_reads_the_weights_forgets_its_cache_then_gets_their_version(
+        fake_server, tmp_path):
+    requests = []
+
+    def remember(path, body):
+        requests.append((path, body))
+        return answer(path, body)
+    weight = torch.arange(3.0)
+    send_by_disk(make_servers(fake_server(remember)), tmp_path / "new", [("name", weight)])
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "new")}}
+    assert requests == [("/collective_rpc", reload), ("/reset_prefix_cache", {}),
+                        ("/update_weight_version", {"new_version": "1"})]
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "model.safetensors" and torch.equal(load_file(file)["name"], weight)
+
+
+STAND_IN = """
+# In place of vLLM's engine: like NCCL, its main thread waits for ever for a lost server.
+import sys, threading
+from types import SimpleNamespace as Module
+import torch
+from infra.vllm_server import Servers, nccl_sender
+
+class Engine:
+    @classmethod
+    def trainer_init(cls, group, client, source):
+        self = cls()
+        self.client, self.source = client, source
+        self.send("init_weight_transfer_engine", {})
+        return self
+
+    def send_weights(self):
+        self.client.start_weight_update()
+        self.send("update_weights", {"names": list(self.source)})
+        self.client.finish_weight_update()
+
+    def send(self, name, info):
+        answered = threading.Event()
+        def request():
+            getattr(self.client, name)(info)
+            answered.set()
+        threading.Thread(target=request).start()
+        answered.wait()
+
+transfer = "vllm.distributed.weight_transfer"
+nccl_engine = Module(NCCLTrainerInitInfo=lambda *_, rank: None,
+                     NCCLTrainerWeightTransferEngine=Engine)
+sys.modules[transfer] = Module(nccl_engine=nccl_engine)
+sys.modules[transfer + ".base"] = Module(ParamMeta=tuple, WeightSource=object)
+sys.modules["vllm.utils.network_utils"] = Module(get_ip=str, get_open_port=int)
+torch.accelerator.synchronize = lambda: None
+send = nccl_sender(Servers(sys.argv[1:], timeout=2), {"name": (1,)}, torch.float32)
+send(["weights"])
+print("sent")
+"""
+
+
+def send_by_nccl(*urls):
+    """The output of a process that sends weights with a stand-in for NCCL, and its exit status."""
+    process = subprocess.run([sys.executable, "-c", STAND_IN, *urls], text=True, timeout=60,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return process.stdout, process.returncode
 
 
 @pytest.mark.slow
-def test_a_request_that_all_servers_fail_ends_with_their_message(fake_server):
-    start = time.monotonic()
-    with pytest.raises(ConnectionError, match="/v1/completions: 500, .*out of luck"):
-        generate(3, make_servers(fake_server(fail), timeout=2))
-    assert 2 <= time.monotonic() - start < 10
+@pytest.mark.parametrize(("does", "message"), [
+    (closes, "does not answer .*"), (hangs, "does not answer .for 2 s.: .*"),
+    (fails, "500, .*out of luck.*")], ids=["dies", "hangs", "fails"])
+@pytest.mark.parametrize("request_path", ["/init_weight_transfer_engine", "/update_weights"])
+def test_a_server_that_fails_in_mid_transfer_ends_a_trainer_that_waits_in_nccl(
+        fake_server, does, message, request_path):
+    urls = fake_server(answer), fake_server(partial(only, request_path, does))
+    output, status = send_by_nccl(*urls)
+    assert re.fullmatch(f"error: cannot send the weights by nccl: {urls[1]}{request_path}: "
+                        f"{message}run the same command again .*\n", output), output
+    assert status == 1
 
 
-def test_the_least_loaded_server_gets_the_next_request(fake_server):
-    count = {"slow": 0, "quick": 0}
+@pytest.mark.slow
+def test_all_servers_that_answer_get_the_weights_by_nccl(fake_server):
+    requests = [[], []]
 
-    def counting(name, seconds, path, body):
-        count[name] += path == "/v1/completions"
-        return answer(path, body, seconds=seconds)
-    slow = fake_server(partial(counting, "slow", 0.5))
-    quick = fake_server(partial(counting, "quick", 0.02))
-    generate(20, make_servers(slow, quick), concurrency=2)
-    assert count["slow"] <= 4 and sum(count.values()) == 20
-
-
-def test_a_server_without_weight_requests_is_an_error_with_a_hint(fake_server):
-    with pytest.raises(ValueError, match="/weight_info: 404, .*VLLM_SERVER_DEV_MODE=1"):
-        check(make_servers(fake_server(lambda path, body: (404, {}))))
-
-
-def test_a_server_with_other_weights_reads_them_once(fake_server):
-    requests, version = [], ["default"]
-
-    def restarted(path, body):
-        requests.append((path, body))
-        if path == "/update_weight_version":
-            version[0] = body["new_version"]
-        return 200, {"weight_version": version[0], "success": True}
-    servers = make_servers(fake_server(restarted), weights_dir=Path("/somewhere"))
-    assert check(servers) == check(servers) == servers.urls
-    reload = {"method": "reload_weights", "kwargs": {"weights_path": "/somewhere"}}
-    assert requests == [("/weight_info", None), ("/collective_rpc", reload),
-                        ("/reset_prefix_cache", {}),
-                        ("/update_weight_version", {"new_version": "1"}), ("/weight_info", None)]
+    def remember(mine, path, body):
+        mine.append((path, body))
+        return answer(path, body)
+    urls = [fake_server(partial(remember, mine)) for mine in requests]
+    assert send_by_nccl(*urls) == ("sent\n", 0)
+    for mine, rank in zip(requests, (1, 2), strict=True):
+        assert mine == [
+            ("/get_world_size", None), ("/shutdown_weight_transfer_engine", {}),
+            ("/init_weight_transfer_engine", {"init_info": {"rank_offset": rank}}),
+            ("/start_weight_update", {}),
+            ("/update_weights", {"update_info": {"names": ["weights"]}}),
+            ("/finish_weight_update", {"weight_version": ""}), ("/reset_prefix_cache", {})]
 
 
-def test_a_server_that_cannot_read_the_weights_is_an_error_that_says_where_they_are(fake_server):
-    def unable(path, body):
-        return (500, {"error": "no such file"}) if path == "/collective_rpc" else answer(path, body)
-    servers = make_servers(fake_server(unable), weights_dir=Path("/somewhere"))
-    servers.version = "2"
-    with pytest.raises(ValueError, match="no such file.*does the server see /somewhere"):
-        check(servers)
+# ---- runs ----------------------------------------------------------------------------------------
+
+def start_run(start, *urls):
+    start("rollout.mode=server", f"rollout.server_urls={','.join(urls)}",
+          "rollout.server_timeout=1")
 
 
-def test_a_restarted_server_ends_a_run_with_nccl(fake_server):
-    servers = make_servers(fake_server(answer))
-    servers.version = "2"
-    message = "has other weights .1.: it was restarted, .* run the same command again"
-    with pytest.raises(ValueError, match=message):
-        check(servers)
-
-
-def test_a_run_without_its_servers_ends_with_one_line(start):
+def test_a_run_starts_only_if_all_servers_answer(start, fake_server):
     url = unused_url()
-    message = f"^error: rollout.server_urls: {url} does not answer .*restart it"
-    with pytest.raises(SystemExit, match=message):
-        start("rollout.mode=server", f"rollout.server_urls={url}", "rollout.server_timeout=0")
+    with pytest.raises(SystemExit, match=f"^error: rollout.server_urls: {url}/weight_info: does "
+                       "not answer .*restart it"):
+        start_run(start, fake_server(answer), url)
+
+
+def test_weights_that_a_server_cannot_read_end_a_run_with_their_place(
+        start, fake_server, tmp_path):
+    url = fake_server(partial(only, "/collective_rpc", fails))
+    with pytest.raises(SystemExit, match="^error: cannot send the weights through "
+                       f"{tmp_path}/run/server_weights, which all servers must see: "
+                       f"{url}/collective_rpc: 500, .*out of luck"):
+        start_run(start, url)
+
+
+def test_a_server_that_dies_while_it_generates_ends_a_run_with_one_line(
+        start, fake_server, capfd):
+    version = ["before"]
+
+    def dies(path, body):
+        version[0] = (body or {}).get("new_version", version[0])
+        return None if path == "/v1/completions" else (200, {"weight_version": version[0]})
+    url = fake_server(dies)
+    with pytest.raises(SystemExit, match=f"^error: .*{url}/v1/completions: does not answer .*: "
+                       "repair or restart it, then run the same command again$") as error:
+        start_run(start, url)
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

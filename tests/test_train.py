@@ -23,8 +23,8 @@ from infra.logprobs import compute_logprobs, response_logprobs
 from infra.metrics import StatTotals, actor_metrics
 from infra.packing import packing_kind
 from infra.setup import load_model
-from losses import Stat, aggregate, group_advantages, policy_loss
-from reward import Score
+from losses import aggregate, group_advantages, policy_loss
+from data_types import Score
 from rollout import SamplingParams, generate
 from sampling import Sample, make_groups
 from train_dapo import (apply_kl_penalty, compute_advantages, compute_loss, make_samples,

@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM servers: the in-process engine's responses; runs whose servers die."""
+"""Rollouts by real vLLM servers: the in-process engine's responses; a run whose server dies."""
 
 import json
 import os
@@ -22,7 +22,6 @@ from vllm_fixtures import (
     ALL_LOGPROBS,
     COMMON,
     STEPS,
-    add_noise,
     assert_each_sync_arrives,
     assert_same,
     generate,
@@ -32,12 +31,10 @@ from vllm_fixtures import (
     mean_difference,
     read_metrics,
     read_rollouts,
-    token_ids,
     train_in_two_processes,
 )
 
-from infra.setup import sync_weights
-from infra.vllm_server import generate_on_servers, request_all, run_async
+from infra.vllm_server import generate_on_servers, post
 from rollout import SamplingParams, transformers_engine
 
 pytest_plugins = ["vllm_fixtures"]
@@ -141,23 +138,18 @@ def test_greedy_responses_are_those_of_transformers(served, tokenizer, stop_ids,
     assert_same(reference.generate(prompts, seeds, params), found)
 
 
-def test_a_restarted_server_gets_the_weights_before_it_generates(served):
+def test_a_restarted_server_is_an_error(served):
     state, prompts = served
-    add_noise(state.policy, 0)
-    sync_weights(state)
-    expected = token_ids(generate(state, prompts))
-    # What a new process has: the base model, and no version.
-    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(ROOT / "toy/base")}}
     servers = state.engine.generate.args[0]
-    run_async(request_all, servers, "/collective_rpc", [weights] * 2)
-    run_async(request_all, servers, "/update_weight_version", [{"new_version": "default"}] * 2)
-    assert token_ids(generate(state, prompts)) == expected
+    post(servers, "/update_weight_version", new_version="default")  # what a new process has
+    with pytest.raises(OSError, match="has other weights .default.: it was restarted"):
+        generate(state, prompts)
 
 
 def test_a_request_that_a_server_rejects_is_an_error_at_once(served):
     state, prompts = served
     message = r"http://127.0.0.1:813\d/v1/completions: 400, .*max_tokens"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OSError, match=message):
         generate(state, prompts, max_tokens=100_000)
 
 
@@ -206,28 +198,28 @@ def test_two_processes_and_two_servers_do_what_one_process_does(servers, alone, 
         assert count_responses(url) > earlier + 10
 
 
-def test_a_run_survives_its_servers(servers, plugins, alone, tmp_path):
-    """One server dies, and the other takes over. It dies too, and the run ends. The same command
-    waits for a server, resumes, and all responses are those of an undisturbed run."""
-    run_dir, steps = tmp_path / "run", f"total_training_steps={STEPS}"
-    trainer = launch(run_dir, *COMMON, *SERVED, steps, "rollout.server_timeout=3")
-    for url, count in zip(URLS, (2, 4), strict=True):
-        wait_until(lambda count=count: count_steps(run_dir) >= count)
-        kill(servers[url])
+def test_a_run_whose_server_died_ends_and_the_same_command_resumes_it(
+        servers, plugins, alone, tmp_path):
+    """Once the server is restarted; all responses are those of an undisturbed run."""
+    run_dir, url, other = tmp_path / "run", *URLS
+    arguments = [run_dir, *COMMON, *SERVED, f"total_training_steps={STEPS}"]
+    trainer = launch(*arguments)
+    wait_until(lambda: count_steps(run_dir) >= 2)
+    kill(servers[url])
     output, _ = trainer.communicate(timeout=200)
     assert trainer.returncode == 1 and count_steps(run_dir) < STEPS
-    for url in URLS:
-        assert f"warning: {url} does not answer" in output
-    assert re.search(r"error: .*does not answer \(.*\), for rollout.server_timeout=3 s: "
-                     "restart it, then run the same command again", output)
+    (line,) = re.findall(r"error: .*", output)
+    assert re.search(rf"{url}/\S+: does not answer \(.*\): repair or restart it, then run the same "
+                     "command again", line)
     assert "train_dapo.py\", line" not in output  # no traceback of ours
     newest = max((run_dir / "checkpoints").iterdir())
     progress = json.loads((newest / "progress.json").read_text())
     assert progress["counters"]["step"] == count_steps(run_dir)
 
-    trainer = launch(run_dir, *COMMON, *SERVED, steps, f"rollout.server_urls={URLS[0]}")
-    wait_until(lambda: "warning" in trainer.stdout.readline())
-    servers[URLS[0]] = serve(PORTS[0], plugins)
+    servers[url] = serve(PORTS[0], plugins)
+    wait_until(lambda: healthy(url))
+    assert healthy(other)
+    trainer = launch(*arguments)
     output, _ = trainer.communicate(timeout=300)
     assert trainer.returncode == 0, output[-2000:]
     assert count_steps(run_dir) == STEPS
