@@ -297,8 +297,8 @@ def main() -> None:
     parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
     parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="speed: timed rollout steps of a "
-                        "process")
+    parser.add_argument("--steps", type=int, default=6,
+                        help="speed: timed rollout steps of a process")
     parser.add_argument("--max-steps", type=int, default=60, help="accuracy: rollout steps at most")
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--micro-batch", type=int, default=128,

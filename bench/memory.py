@@ -134,8 +134,8 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     for term, size in predicted.items():
         print(f"| {term} | `{TERMS[term][0]}` | {size:,} | {sizes[term]:,} | "
               f"{sizes[term] / size:.3f} |")
-    return all(low <= sizes[term] / predicted[term] <= high for term,
-               (_, (low, high)) in TERMS.items())
+    return all(low <= sizes[term] / predicted[term] <= high
+               for term, (_, (low, high)) in TERMS.items())
 
 
 if __name__ == "__main__":
