@@ -52,12 +52,11 @@ def serve() -> tuple[subprocess.Popen, float]:
     """A server, and the seconds that it took to start."""
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "toy/base",
-         "--port", str(PORT),
-         "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
+         "--port", str(PORT), "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
          "--no-enable-chunked-prefill"],
         env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-             "OMP_NUM_THREADS": "1",
-             "VLLM_LOGGING_LEVEL": "ERROR"},  # threads that wait for work take the trainer's cores
+             "VLLM_LOGGING_LEVEL": "ERROR",
+             "OMP_NUM_THREADS": "1"},  # threads that wait for work take the trainer's cores
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start = time.perf_counter()
     while server.poll() is None:
@@ -91,9 +90,8 @@ def main() -> None:
             os.killpg(server.pid, signal.SIGTERM)
         row = json.loads(result.stdout.splitlines()[-1])
         print(f"| {name} | {start or row['start']:.1f} | {row['time/step']:.2f} | "
-              f"{row['time/generate']:.2f} | "
-              f"{row['time/sync']:.3f} | {row['tokens_per_s/generate']:,.0f} | "
-              f"{row['actor/mismatch_abs']:.0e} |",
+              f"{row['time/generate']:.2f} | {row['time/sync']:.3f} | "
+              f"{row['tokens_per_s/generate']:,.0f} | {row['actor/mismatch_abs']:.0e} |",
               flush=True)
 
 

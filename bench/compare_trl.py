@@ -19,7 +19,7 @@ median of the steps after the first; without dynamic sampling, which TRL does no
 do the same work.
 
 accuracy: wall seconds of training until avg@4 on toy/val.jsonl is 0.85, evaluated after each
-rollout step by this repository's `validate`, for both; ours with config.yaml as it is, dynamic
+rollout step by this repository's evaluate.py, for both; ours with config.yaml as it is, dynamic
 sampling on. A run of TRL's that does not get there counts with the seconds until it was stopped;
 one of ours makes the goal missed.
 
@@ -102,9 +102,8 @@ class Stopwatch:
 def run_ours(args: argparse.Namespace, state, prompts: list,
              evaluate: Callable[[], float]) -> Stopwatch:
     """Train with `train_dapo.train`."""
-    from harness import train
-    from infra.data import Data
-    from infra.setup import sync_weights
+    from data_types import Data
+    from harness import sync_weights, train
     sync_weights(state)
     stopwatch = Stopwatch(args, evaluate)
     train(state, Data(prompts, {}), after_step=lambda metrics: stopwatch.after_step(
@@ -157,19 +156,20 @@ def run_trl(args: argparse.Namespace, state, prompts: list,
 
 def make_reward(state, seen: list[tuple[float, int]]) -> Callable:
     """Our reward as TRL calls it; accuracy and length of each response are left in `seen`."""
-    from reward import Task, overlong_penalty
+    from data_types import Task
+    from reward import overlong_penalty
     config = state.config
 
     def reward(completions, completion_ids, answer, **_):
         tasks = [Task([text], [len(ids)], right, {}) for text, ids, right
                  in zip(completions, completion_ids, answer, strict=True)]
-        scores = [of_task[0] for of_task in state.scorer(tasks)]
-        seen.extend((score.acc, len(ids)) for score, ids in zip(scores, completion_ids,
-                                                                strict=True))
-        return [score.score + overlong_penalty(len(ids), config.data.max_response_length,
-                                               config.overlong_buffer.len,
-                                               config.overlong_buffer.penalty_factor)
-                for score, ids in zip(scores, completion_ids, strict=True)]
+        rewards = []
+        for (score,), ids in zip(state.scorer(tasks), completion_ids, strict=True):
+            seen.append((score.acc, len(ids)))
+            rewards.append(score.score + overlong_penalty(
+                len(ids), config.data.max_response_length, config.overlong_buffer.len,
+                config.overlong_buffer.penalty_factor))
+        return rewards
     return reward
 
 
@@ -181,8 +181,8 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
     vllm = {"use_vllm": True, "vllm_mode": "colocate",
             "vllm_enable_sleep_mode": torch.cuda.is_available(),  # vLLM has none on CPUs
             "vllm_gpu_memory_utilization": config.rollout.gpu_memory_utilization,
-            "vllm_max_model_length": config.data.max_prompt_length
-            + config.data.max_response_length,
+            "vllm_max_model_length": (config.data.max_prompt_length
+                                      + config.data.max_response_length),
             "vllm_importance_sampling_correction": False} if args.shape else {}
     return GRPOConfig(
         **vllm,
@@ -199,17 +199,18 @@ def trl_config(args: argparse.Namespace, config, updates: int, folder: str):
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p, top_k=0, learning_rate=actor.lr, max_grad_norm=actor.grad_clip,
         loss_type="dapo", epsilon=actor.clip_ratio_low, epsilon_high=actor.clip_ratio_high,
-        beta=0.0,
-        num_iterations=actor.ppo_epochs, scale_rewards="group", mask_truncated_completions=False,
+        beta=0.0, num_iterations=actor.ppo_epochs, scale_rewards="group",
+        mask_truncated_completions=False,
         use_transformers_continuous_batching=args.continuous_batching)
 
 
 def measure(args: argparse.Namespace) -> dict:
     """One side, in this process. Both start from the same `setup`."""
     sys.path.insert(0, str(ROOT))
+    from evaluate import evaluate, sample_and_score
     from infra.config import load_config
     from infra.setup import setup
-    from evaluate import validate
+    from rollout import transformers_engine
     steps = args.max_steps if args.part == "accuracy" else WARM_UP + args.steps
     backend = "vllm" if args.shape and args.one == "ours" else "transformers"
     with tempfile.TemporaryDirectory() as folder:
@@ -218,11 +219,12 @@ def measure(args: argparse.Namespace) -> dict:
             f"filter_groups.enable={'true' if args.part == 'accuracy' else 'false'}",
             f"total_training_steps={steps}", *SETTING, *args.overrides])
         with mock.patch("infra.setup.keep_freed_memory") if args.one == "trl" else nullcontext():
-            state, data = setup(config)
+            state, data = setup(config, transformers_engine)
         prompts, (val_prompts,) = data.train, data.val.values()
 
         def accuracy() -> float:
-            return validate(state, val_prompts).metrics[f"avg@{config.val.n}"]
+            evaluation = evaluate(val_prompts, *sample_and_score(state, val_prompts))
+            return evaluation.metrics[f"avg@{config.val.n}"]
         stopwatch = {"ours": run_ours, "trl": run_trl}[args.one](args, state, prompts, accuracy)
     return {"rows": stopwatch.rows, "accuracies": stopwatch.accuracies}
 
@@ -230,9 +232,9 @@ def measure(args: argparse.Namespace) -> dict:
 def measure_apart(args: argparse.Namespace, part: str, side: str, seed: int) -> dict:
     """One side in a process of its own, and what it printed last."""
     command = [args.trl_python if side == "trl" else sys.executable, __file__, "--one", side,
-               "--part", part,
-               "--seed", str(seed), "--steps", str(args.steps), "--max-steps", str(args.max_steps),
-               "--target", str(args.target), "--micro-batch", str(args.micro_batch)]
+               "--part", part, "--seed", str(seed), "--steps", str(args.steps),
+               "--max-steps", str(args.max_steps), "--target", str(args.target),
+               "--micro-batch", str(args.micro_batch)]
     command += ["--continuous-batching"] * args.continuous_batching + args.overrides
     command += ["--shape", args.shape] if args.shape else []
     result = subprocess.run(command, capture_output=True, text=True)
@@ -250,8 +252,8 @@ def spread(values: list[float], digits: int) -> str:
 def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
     """Print the table of the first part; returns each side's seconds per trained response."""
     print("| | ms per trained response, median (least to most) | seconds a step | responses a step "
-          "| acc at step 1 | "
-          "mean length at step 1 | in the timed steps |\n|---|---|---|---|---|---|---|")
+          "| acc at step 1 | mean length at step 1 | in the timed steps |\n"
+          "|---|---|---|---|---|---|---|")
     figures = {}
     for side, runs in results.items():
         timed = [result["rows"][WARM_UP:] for result in runs]
@@ -259,9 +261,8 @@ def speed_table(results: dict[str, list[dict]]) -> dict[str, list[float]]:
         figures[side] = [statistics.median(row["seconds"] / row["responses"] for row in rows)
                          for rows in timed]
         print(f"| {side} | {spread([1000 * seconds for seconds in figures[side]], 2)} | "
-              f"{spread([statistics.median(row['seconds'] for row in rows) for rows in timed], 2)} "
-              f"| "
-              f"{statistics.mean(row['responses'] for rows in timed for row in rows):.0f} | "
+              f"{spread([statistics.median(row['seconds'] for row in rows) for rows in timed], 2)}"
+              f" | {statistics.mean(row['responses'] for rows in timed for row in rows):.0f} | "
               f"{statistics.mean(row['acc'] for row in firsts):.3f} | "
               f"{statistics.mean(row['length'] for row in firsts):.1f} | "
               f"{statistics.mean(row['length'] for rows in timed for row in rows):.1f} |")
@@ -272,8 +273,7 @@ def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, l
     """Print the table of the second part; returns each side's seconds of training, infinite where
     ours fell short."""
     print(f"| | seconds of training to {target}, median (least to most) | rollout steps | seconds "
-          f"a step | "
-          "accuracies (avg@4) after each |\n|---|---|---|---|---|")
+          "a step | accuracies (avg@4) after each |\n|---|---|---|---|---|")
     figures = {}
     for side, runs in results.items():
         figures[side], steps = [], []
@@ -287,8 +287,7 @@ def accuracy_table(results: dict[str, list[dict]], target: float) -> dict[str, l
         per_step = [sum(row["seconds"] for row in result["rows"]) / len(result["rows"])
                     for result in runs]
         print(f"| {side} | {spread(figures[side], 1)} | {', '.join(map(str, steps))} | "
-              f"{spread(per_step, 2)} | "
-              f"{curves} |")
+              f"{spread(per_step, 2)} | {curves} |")
     return figures
 
 
@@ -298,8 +297,8 @@ def main() -> None:
     parser.add_argument("--trl-python", help="a Python interpreter that has TRL")
     parser.add_argument("--parts", nargs="+", choices=GOALS, default=[*GOALS])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="speed: timed rollout steps of a "
-                        "process")
+    parser.add_argument("--steps", type=int, default=6,
+                        help="speed: timed rollout steps of a process")
     parser.add_argument("--max-steps", type=int, default=60, help="accuracy: rollout steps at most")
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--micro-batch", type=int, default=128,
@@ -343,7 +342,7 @@ def compare(args: argparse.Namespace) -> None:
               flush=True)
         results_text.append(f"per response {ratio:.2f} of TRL's (goal {GOALS[part]})"
                             if part == "speed" else
-                        f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
+                            f"to {args.target} accuracy {ratio:.2f} (goal {GOALS[part]})")
         missed = missed or not ratio <= GOALS[part]
     print(", ".join(results_text))
     sys.exit(missed)

@@ -20,11 +20,9 @@ from memory import ON_GPU, Storages
 from vllm_gpu import make_model, seconds
 
 import infra.memory
+from data_types import Sample, SamplingParams
 from infra import logprobs
 from infra.memory import estimate_memory
-from infra.metrics import StatTotals
-from rollout import SamplingParams
-from sampling import Sample
 from train_dapo import update_policy
 
 GIB = 2**30
@@ -54,7 +52,7 @@ def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[fl
     samples = [Sample(rng.integers(1, 28, P).tolist(), rng.integers(1, 28, T).astype(np.int32),
                       float(rng.normal()), rollout_logprobs=torch.zeros(T))
                for _ in range(state.config.actor.ppo_mini_batch_size)]
-    update_policy(state, samples, StatTotals())  # makes the moments
+    update_policy(state, samples, step=1)  # makes the moments
 
     def peak(function) -> tuple[float, float]:
         held = [*policy.parameters(), *(value for of_p in state.optimizer.optimizer.state.values()
@@ -68,7 +66,7 @@ def measure(shape: str, folder: str, overrides: list[str]) -> dict[str, tuple[fl
     prompts = [sample.prompt_ids for sample in samples[:2]]
     measured = {"generate": peak(lambda: state.engine.generate(prompts, [(0,), (1,)],
                                                                SamplingParams(n, T))),
-                "update": peak(lambda: update_policy(state, samples, StatTotals()))}
+                "update": peak(lambda: update_policy(state, samples, step=1))}
     return {phase: (sum(estimate[phase].values()), *measured[phase]) for phase in measured}
 
 

@@ -7,8 +7,10 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 scratch=$(mktemp -d)
 export HF_HUB_OFFLINE=1
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/machine.txt"
-python3 -c 'import torch, transformers, accelerate; print("torch", torch.__version__, "transformers", transformers.__version__,
-"accelerate", accelerate.__version__)' | tee -a "$out/machine.txt"
+python3 -c 'import torch, transformers, accelerate
+for package in (torch, transformers, accelerate):
+    print(package.__name__, package.__version__, end=" ")
+print()' | tee -a "$out/machine.txt"
 
 check() {  # a name, then a command: its output to a file, and one line of result
   local name=$1 start=$SECONDS

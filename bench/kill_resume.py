@@ -25,8 +25,8 @@ MOMENTS = ("anywhere", "in a step", "while saving")
 def start(run_dir: Path, overrides: list[str], log) -> subprocess.Popen:
     """The trainer as a process of its own: the launcher would be killed in its place."""
     return subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml",
-                             f"run_dir={run_dir}",
-                             "save_every=1", *overrides], cwd=ROOT, stdout=log, stderr=log)
+                             f"run_dir={run_dir}", "save_every=1", *overrides], cwd=ROOT,
+                            stdout=log, stderr=log)
 
 
 def rows(run_dir: Path) -> list[dict]:

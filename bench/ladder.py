@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 CORES = os.cpu_count() or 1
 sys.path.insert(0, str(ROOT))
 from infra.config import flatten, load_config, one_line_errors  # noqa: E402
-from plot import read_metrics  # noqa: E402
+from infra.rollout_files import read_metrics  # noqa: E402
 
 OFF = {  # what turns each technique off; {low} is actor.clip_ratio_low
     "clip-higher": "actor.clip_ratio_high={low}",

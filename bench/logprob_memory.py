@@ -64,8 +64,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=("plain", "chunks"), help="measure this one, and print "
-                        "JSON")
+    parser.add_argument("--one", choices=("plain", "chunks"),
+                        help="measure this one, and print JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.tokens, args.vocabulary)))

@@ -56,8 +56,8 @@ def main() -> None:
             missed += [f"seed {seed}: accuracy"] * (lora < full - GOALS["accuracy"])
             sizes["the embedded one"] = [checkpoint_size(run_dir) for run_dir in runs]
         base = folder / "base"
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LARGER)
-                                         ).save_pretrained(base)
+        larger = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LARGER))
+        larger.save_pretrained(base)
         AutoTokenizer.from_pretrained(ROOT / "toy/base").save_pretrained(base)
         sizes["width 512"] = [
             checkpoint_size(run(folder / f"larger{len(extra)}", f"model.path={base}", *ONE_STEP,

@@ -17,11 +17,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from infra import logprobs
 import rollout
+from data_types import Sample, SamplingParams
+from infra import logprobs
 from infra.batching import collate
-from rollout import SamplingParams
-from sampling import Sample
 
 ON_GPU, EXACT, LOOSE = torch.cuda.is_available(), (0.9, 1.1), (0.8, 1.25)
 SMALL = {"L": 4, "H": 128, "heads": 4, "kv_heads": 2, "I": 512, "V": 8192, "B": 2, "P": 16,
@@ -82,8 +81,7 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         model.gradient_checkpointing_enable()
     with Storages() as storages:
         hidden = torch.randn(batch["tokens"].numel(), model.config.hidden_size, device=model.device,
-                             dtype=model.dtype,
-                             requires_grad=True)
+                             dtype=model.dtype, requires_grad=True)
         logprobs.fused_linear_logprobs(hidden, model.lm_head.weight,
                                        batch["tokens"])[0].sum().backward()
         sizes["head: gradient, chunk of logits, tokens"] = storages.read()[1]
@@ -114,8 +112,8 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     # as small beside the logits as in a large run
     logprobs.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16
     config = Qwen2Config(vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.I,
-                         num_hidden_layers=shape.L,
-                         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads)
+                         num_hidden_layers=shape.L, num_attention_heads=shape.heads,
+                         num_key_value_heads=shape.kv_heads)
     with torch.device("cuda" if ON_GPU else "cpu") as device, Storages() as storages:
         model = Qwen2ForCausalLM(config).to(dtype).train()
         sizes = {"parameters": storages.read()[0]}
@@ -127,8 +125,7 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     # in float32; of bfloat16, a chunk's part beside it
     summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10
     symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads,
-               "M": ids.numel(),
-               "C": logprobs.CHUNK_ELEMENTS, "W": summed,
+               "M": ids.numel(), "C": logprobs.CHUNK_ELEMENTS, "W": summed,
                "N": sum(p.numel() for p in model.parameters())}
     print(f"\n{dtype}: " + ", ".join(f"{k} {v}" for k, v in symbols.items()),
           "\n| term | formula | predicted bytes | measured bytes | ratio |\n|---|---|---|---|---|",
@@ -137,8 +134,8 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     for term, size in predicted.items():
         print(f"| {term} | `{TERMS[term][0]}` | {size:,} | {sizes[term]:,} | "
               f"{sizes[term] / size:.3f} |")
-    return all(low <= sizes[term] / predicted[term] <= high for term,
-               (_, (low, high)) in TERMS.items())
+    return all(low <= sizes[term] / predicted[term] <= high
+               for term, (_, (low, high)) in TERMS.items())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from harness import ROOT, make_state
+from harness import ROOT, logprobs_of, make_state
 from vllm_gpu import SHAPES, make_model
 
 HALF = {"bf16": "mixed_precision=bf16", "fp16": "mixed_precision=fp16"}
@@ -39,10 +39,8 @@ def measure(overrides: list[str], prompts: int, n: int) -> dict[str, float]:
     """The metrics `actor/mismatch_*` of responses that the engine has just sampled."""
     import torch
 
-    from infra.logprobs import compute_logprobs
+    from data_types import Sample, SamplingParams
     from losses import kl_penalty
-    from rollout import SamplingParams
-    from sampling import Sample
     state, data = make_state(*overrides)
     ids = [prompt.token_ids for prompt in data.train[:prompts]]
     params = SamplingParams(n, state.config.data.max_response_length)
@@ -50,7 +48,7 @@ def measure(overrides: list[str], prompts: int, n: int) -> dict[str, float]:
     responses = [(prompt, response) for prompt, group in zip(ids, groups, strict=True)
                  for response in group]
     samples = [Sample(prompt, response.token_ids, 0.0) for prompt, response in responses]
-    ours = torch.cat(compute_logprobs(state, state.policy, samples))
+    ours = torch.cat(logprobs_of(state, samples))
     theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in responses])
     state.engine.close()
     difference = (ours - theirs).abs()

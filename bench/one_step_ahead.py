@@ -92,7 +92,8 @@ def complete(model, bodies: Sequence[dict]) -> list[list[dict]]:
     import numpy as np
     import torch
 
-    from rollout import SamplingParams, decode
+    from data_types import SamplingParams
+    from rollout import decode
     params = SamplingParams(*(bodies[0][name] for name in SamplingParams._fields))
     uniforms = [np.random.default_rng([body["seed"], i]).random(params.max_tokens, np.float32)
                 for body in bodies for i in range(params.n)]

@@ -29,8 +29,7 @@ def circumstances() -> str:
     """What a figure depends on besides the code: commit, date, machine, versions."""
     import torch
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True,
-                            check=True).stdout.strip()
+                            capture_output=True, text=True, check=True).stdout.strip()
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     else:
@@ -69,7 +68,7 @@ def main() -> None:
                 if any(part in command for part in args.only)]
     if args.list or not commands:
         sys.exit("\n".join(commands) or f"error: no command has {' or '.join(args.only)} in it: "
-                 f"see --list")
+                 "see --list")
     outcomes, where = [], circumstances()
     for command in tqdm(commands, desc="benchmarks"):
         try:
@@ -80,9 +79,8 @@ def main() -> None:
         table, _, goal = printed.rpartition("\n")
         goal += "." if "no goal" in goal else f": {'reached' if reached else '**missed**'}."
         outcomes.append((reached, f"{command}\n    {goal}"))
-        section = (f"```bash\n{command}\n```\n\n<!-- printed "
-                   f"-->\n{table.strip()}\n\n{goal}\n\n{where}\n"
-                   "<!-- end -->")
+        section = (f"```bash\n{command}\n```\n\n"
+                   f"<!-- printed -->\n{table.strip()}\n\n{goal}\n\n{where}\n<!-- end -->")
         page = PAGE.read_text(encoding="utf-8")
         (before,) = (match[0] for match in SECTION.finditer(page) if match[1] == command)
         PAGE.write_text(page.replace(before, section), encoding="utf-8")

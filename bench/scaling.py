@@ -14,7 +14,7 @@ import tempfile
 
 from harness import make_state, train
 
-from infra.checkpoint import Progress
+from data_types import Progress
 
 GOAL, SIZES = 1.05, (256, 1024, 4096)
 
@@ -44,8 +44,7 @@ def main() -> None:
         for size in args.sizes:  # short steps are timed more often
             rows[size] += take_steps(size, max(1, max(args.sizes) // (4 * size)))
     print("| responses | seconds a step, median (least to most) | generate | logprobs | update | "
-          "ms a response |\n"
-          "|---|---|---|---|---|---|")
+          "ms a response |\n|---|---|---|---|---|---|")
     per_response = {}
     for size, found in rows.items():
         median = {name: statistics.median(row[f"time/{name}"] for row in found)
@@ -53,9 +52,8 @@ def main() -> None:
         per_response[size] = median["step"] / size
         times = [row["time/step"] for row in found]
         print(f"| {size:,} | {median['step']:.2f} ({min(times):.2f} to {max(times):.2f}) | "
-              f"{median['generate']:.2f} | "
-              f"{median['logprobs']:.2f} | {median['update']:.2f} | {1e3 * per_response[size]:.2f} "
-              f"|")
+              f"{median['generate']:.2f} | {median['logprobs']:.2f} | {median['update']:.2f} | "
+              f"{1e3 * per_response[size]:.2f} |")
     least, most = min(args.sizes), max(args.sizes)
     ratio = per_response[most] / per_response[least]
     print(f"\na step of {most:,} responses: {ratio:.2f} of {most // least} steps of {least} "

@@ -18,13 +18,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from harness import make_state
+from harness import logprobs_of, make_state
 from update_vs_bare import bare, ours, packed
 from vllm_gpu import make_model
 
+from data_types import Sample
 from infra import packing
-from infra.logprobs import compute_logprobs
-from sampling import Sample
 
 PROMPT_TOKENS, MICRO = 128, 8192
 CASES = {"tiny": (16, "float32"), "0.5B": (128, "float32"), "1.5B": (64, "bfloat16")}
@@ -43,17 +42,15 @@ def make_case(shape: str, tokens: int):
             f"model.path={folder}", "actor.lr=1e-9", "mixed_precision=bf16", f"model.dtype={dtype}",
             "val.file=", f"data.max_prompt_length={PROMPT_TOKENS}",
             f"data.max_response_length={tokens}", "overlong_buffer.enable=false",
-            "rollout.backend=transformers",
-            f"actor.max_tokens_per_micro_batch={MICRO}", "data.train_batch_size=8",
-            f"rollout.n={count // 8}",
+            "rollout.backend=transformers", f"actor.max_tokens_per_micro_batch={MICRO}",
+            "data.train_batch_size=8", f"rollout.n={count // 8}",
             f"actor.ppo_mini_batch_size={count // 2}", "actor.old_logprobs=rollout")
     rng = np.random.default_rng(0)
     samples = [Sample(rng.integers(1, 28, PROMPT_TOKENS).tolist(),
                       rng.integers(1, 28, length).astype(np.int32),
                       float(rng.normal())) for length in rng.integers(tokens // 16, tokens, count)]
-    logprobs = compute_logprobs(state, state.policy, samples)
     return state, [replace(sample, rollout_logprobs=row, old_logprobs=row)
-                 for sample, row in zip(samples, logprobs, strict=True)]
+                   for sample, row in zip(samples, logprobs_of(state, samples), strict=True)]
 
 
 def ours_in_blocks(state, samples) -> float:
@@ -94,8 +91,8 @@ def main() -> None:
     ways = {"ours": ours, "ours, in blocks": ours_in_blocks, "bare": bare,
             "bare, rows as they are": packed}
     missed, lines = False, []
-    print("| shape | way | tokens/s, median | least and most | ours / it | peak GB "
-          "|\n|---|---|---|---|---|---|")
+    print("| shape | way | tokens/s, median | least and most | ours / it | peak GB |\n"
+          "|---|---|---|---|---|---|")
     for shape in args.shape:
         state, samples = make_case(shape, args.tokens)
         rates, peak = {name: [] for name in ways}, {}
@@ -109,8 +106,7 @@ def main() -> None:
         for name, found in rates.items():
             ratio = statistics.median(a / b for a, b in zip(rates["ours"], found, strict=True))
             print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to "
-                  f"{max(found):,.0f} | "
-                  f"{ratio:.2f} | {peak[name]:.1f} |", flush=True)
+                  f"{max(found):,.0f} | {ratio:.2f} | {peak[name]:.1f} |", flush=True)
         ratios = [statistics.median(a / b for a, b in zip(rates[name], rates["bare"], strict=True))
                   for name in ("ours", "ours, in blocks")]
         mfus = [utilisation(state, samples, statistics.median(rates[name]))

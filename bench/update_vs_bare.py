@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from harness import make_state
 
+from data_types import SamplingParams
 from infra.batching import make_batch, micro_batches
-from infra.metrics import StatTotals, actor_metrics
-from rollout import SamplingParams, generate
-from sampling import draw_prompts, make_groups, mini_batches, score_responses
+from infra.metrics import StepRecord, actor_metrics
+from rollout import generate
+from sampling import make_groups, mini_batches, prompt_at, score_responses
 from train_dapo import compute_advantages, make_samples, update_policy
 
 GOALS = {"toy/base": 0.85, "wide": 0.95}
@@ -40,11 +41,11 @@ def bare(state, samples) -> float:
 
 def packed(state, samples) -> float:
     """The same of the rows as they are."""
-    actor = state.config.actor
-    minis = [samples[i:i + actor.ppo_mini_batch_size] for i in range(0, len(samples),
-                                                                     actor.ppo_mini_batch_size)]
-    batches = [make_batch(state, mini, indices) for mini in minis
-               for indices in micro_batches(mini, actor.max_tokens_per_micro_batch, packed=True)]
+    actor, batches = state.config.actor, []
+    for i in range(0, len(samples), actor.ppo_mini_batch_size):
+        mini_batch = samples[i:i + actor.ppo_mini_batch_size]
+        batches += [make_batch(state, micro) for micro in micro_batches(
+            mini_batch, actor.max_tokens_per_micro_batch, packed=True)]
     return passes(state, [(batch["input_ids"], batch["packing_kwargs"]) for batch in batches])
 
 
@@ -72,14 +73,14 @@ def finish() -> None:
 
 def ours(state, samples) -> float:
     """Tokens a second of the update phase."""
-    actor, totals = state.config.actor, StatTotals()
+    record = StepRecord(1, state.config)
     finish()
     start = time.perf_counter()
-    for indices in mini_batches(len(samples), actor.ppo_mini_batch_size, 1, 0, 1):
-        update_policy(state, [samples[i] for i in indices], totals)
-    actor_metrics(state.accelerator, totals, 0.0)
+    for mini_batch in mini_batches(samples, state.config, step=1):
+        record.add_update(update_policy(state, mini_batch, step=1))
+    actor_metrics(state.accelerator, record, 0.0)
     finish()
-    return sum(map(len, samples)) / (time.perf_counter() - start)
+    return record.trained_tokens / (time.perf_counter() - start)
 
 
 def make_wide(folder: str) -> str:
@@ -87,8 +88,8 @@ def make_wide(folder: str) -> str:
     times as large."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = AutoConfig.from_pretrained("toy/base", hidden_size=320, intermediate_size=1280,
-                                        num_hidden_layers=5,
-                                        num_attention_heads=5, num_key_value_heads=5, head_dim=64)
+                                        num_hidden_layers=5, num_attention_heads=5,
+                                        num_key_value_heads=5, head_dim=64)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained("toy/base").save_pretrained(folder)
@@ -106,20 +107,20 @@ def main() -> None:
     overrides = ["val.file=", "actor.lr=1e-9", *args.overrides]
     state, data = make_state(*overrides)
     config = state.config
-    prompts = draw_prompts(data.train, 0, config.data.train_batch_size, 0)
-    positions = range(len(prompts))
-    responses = generate(state, prompts, positions, "step 1", SamplingParams(
-        config.rollout.n, config.data.max_response_length, config.rollout.temperature))
+    prompts = [prompt_at(data.train, i, config.seed) for i in range(config.data.train_batch_size)]
+    params = SamplingParams(config.rollout.n, config.data.max_response_length,
+                            config.rollout.temperature)
+    responses = generate(state, prompts, params, "step 1", "step 1")
     scores = score_responses(state, prompts, responses, "step 1")
-    groups = make_groups(config, positions, prompts, responses, scores)
+    groups = make_groups(config, prompts, responses, scores)
     samples = [replace(sample, old_logprobs=sample.rollout_logprobs)
                for sample in make_samples(config, groups, compute_advantages(config, groups))]
     with tempfile.TemporaryDirectory() as folder:
         states = {"toy/base": state}
         if "wide" in args.models:
             states["wide"] = make_state(f"model.path={make_wide(folder)}", *overrides)[0]
-    print("| model | parameters | way | tokens/s, median | least and most | ours / bare "
-          "|\n|---|---|---|---|---|---|")
+    print("| model | parameters | way | tokens/s, median | least and most | ours / bare |\n"
+          "|---|---|---|---|---|---|")
     ratios = {}
     for model, state in states.items():
         ways = {"ours": ours, "bare": bare, "bare, rows as they are": packed}
@@ -132,8 +133,8 @@ def main() -> None:
             if name == "bare":
                 ratios[model] = ratio
             print(f"| {model} | {state.policy.num_parameters() / 1e6:.1f}M | {name} | "
-                  f"{statistics.median(found):,.0f} | "
-                  f"{min(found):,.0f} to {max(found):,.0f} | {ratio:.2f} |", flush=True)
+                  f"{statistics.median(found):,.0f} | {min(found):,.0f} to {max(found):,.0f} | "
+                  f"{ratio:.2f} |", flush=True)
     print("\nupdate, of bare: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
           + f" (goal {', '.join(str(GOALS[name]) for name in ratios)})")
     raise SystemExit(any(ratio < GOALS[name] for name, ratio in ratios.items()))

@@ -21,11 +21,11 @@ SHAPES = {"tiny": {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 
                    "num_attention_heads": 4, "num_key_value_heads": 2,
                    "intermediate_size": 256, "tie_word_embeddings": True},
           "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-                   "num_key_value_heads": 2,
-                   "intermediate_size": 4864, "tie_word_embeddings": True},
+                   "num_key_value_heads": 2, "intermediate_size": 4864,
+                   "tie_word_embeddings": True},
           "1.5B": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
-                   "num_key_value_heads": 2,
-                   "intermediate_size": 8960, "tie_word_embeddings": True}}
+                   "num_key_value_heads": 2, "intermediate_size": 8960,
+                   "tie_word_embeddings": True}}
 PROMPTS, N, PROMPT_TOKENS, TOKENS = 32, 16, 128, 1024
 
 
@@ -52,19 +52,15 @@ def seconds(function) -> float:
 def measure(folder: str, backend: str, tokens: int) -> dict:
     """Start, first and later syncs, tokens a second, sleep and wake-up, and how far the log-probs
     are apart."""
-    from infra.config import load_config
-    from infra.logprobs import compute_logprobs
-    from infra.setup import setup, sync_weights
-    from rollout import SamplingParams
-    from sampling import Sample
+    from data_types import Sample, SamplingParams
+    from harness import load_config, logprobs_of, setup, sync_weights, transformers_engine
     config = load_config("config.yaml", [
         f"model.path={folder}", "model.dtype=bfloat16", "mixed_precision=bf16", "val.file=",
-        f"rollout.backend={backend}",
-        f"data.max_prompt_length={PROMPT_TOKENS}", f"data.max_response_length={tokens}",
-        "rollout.max_num_seqs=512",
+        f"rollout.backend={backend}", f"data.max_prompt_length={PROMPT_TOKENS}",
+        f"data.max_response_length={tokens}", "rollout.max_num_seqs=512",
         "overlong_buffer.enable=false"])
     result, holder = {"backend": backend}, []
-    result["start"] = seconds(lambda: holder.append(setup(config)))
+    result["start"] = seconds(lambda: holder.append(setup(config, transformers_engine)))
     state = holder[0][0]
     result["first sync"] = seconds(lambda: sync_weights(state))
     result["sync"] = min(seconds(lambda: sync_weights(state)) for _ in range(3))
@@ -80,15 +76,15 @@ def measure(folder: str, backend: str, tokens: int) -> dict:
     result["generate"] = seconds(lambda: groups.extend(write(1, tokens)))
     generated = [(ids, response) for ids, group in zip(prompts, groups, strict=True)
                  for response in group]
-    result["tokens/s"] = sum(len(response.token_ids) for _,
-                             response in generated) / result["generate"]
+    total = sum(len(response.token_ids) for _, response in generated)
+    result["tokens/s"] = total / result["generate"]
     before = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
     free = [torch.cuda.mem_get_info()[0]] if torch.cuda.is_available() else [0]
     result["sleep"] = seconds(state.engine.sleep)
     free.append(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)
     result["freed GB"], result["reserved GB"] = (free[1] - free[0]) / 1e9, before / 1e9
     samples = [Sample(ids, response.token_ids, 0.0) for ids, response in generated[:64]]
-    ours = torch.cat(compute_logprobs(state, state.policy, samples))
+    ours = torch.cat(logprobs_of(state, samples))
     theirs = torch.cat([torch.from_numpy(response.logprobs) for _, response in generated[:64]])
     result["difference"] = (ours - theirs).abs().mean().item()
     result["wake and sync"] = seconds(lambda: sync_weights(state))

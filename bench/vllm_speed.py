@@ -28,17 +28,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from harness import load_config, make_state, setup, sync_weights, train
-from vllm_gpu import PROMPT_TOKENS, make_model
+from harness import load_config, make_state, train
+from vllm_gpu import PROMPT_TOKENS, make_model, seconds
 
+from data_types import Data, SamplingParams
 from infra import vllm_engine
 from infra.config import compute_dtype
-from infra.data import Data
-from rollout import SamplingParams
 
 GOALS = {"throughput": 0.9, "step": 0.03}
 WAYS = {"log-probs of all": (1.0, True), "of one prompt in 16": (1 / 16, True),
@@ -62,8 +62,8 @@ def make_generate(args: argparse.Namespace, folder: str):
     def generate(share: float, seeded: bool, n: int) -> float:
         count = args.prompts * args.n // n  # new prompts each time: none is in the prefix cache
         prompts = torch.randint(1, state.policy.config.vocab_size, (count, PROMPT_TOKENS)).tolist()
-        seeds, params = [(i, 7) for i in range(count)], SamplingParams(n, args.tokens,
-                                                                       logprobs=share)
+        seeds = [(i, 7) for i in range(count)]
+        params = SamplingParams(n, args.tokens, logprobs=share)
         params_of = request_params if seeded else without_seeds
         with mock.patch.object(vllm_engine, "request_params", params_of):
             start = clock()
@@ -122,16 +122,23 @@ def throughput(args: argparse.Namespace, folder: str) -> float:
 
 def step(args: argparse.Namespace, folder: str) -> float:
     """Print the parts of a step; returns the share of sleep, wake-up and sync."""
-    config = load_config("configs/gsm8k_qwen2.5_1.5b.yaml", [
+    state, data = make_state(
         f"model.path={folder}", "data.train_file=toy/train.jsonl", "data.answer_regex=",
         "data.prompt_template={prompt}", "val.file=", "filter_groups.enable=false",
         f"data.max_response_length={args.tokens}", "overlong_buffer.enable=false",
-        f"run_dir={folder}/run", f"total_training_steps={args.rounds + 1}", *args.overrides])
-    state, data = setup(config)
-    sync_weights(state)
-    rows = train(state, Data(data.train, {}))[1:]
+        f"run_dir={folder}/run", f"total_training_steps={args.rounds + 1}", *args.overrides,
+        config="configs/gsm8k_qwen2.5_1.5b.yaml")
+    asleep = []  # seconds that it took to fall asleep in each step, which time/logprobs has
+
+    def sleep() -> None:
+        asleep.append(seconds(state.engine.sleep))
+
+    timed = replace(state, engine=replace(state.engine, sleep=sleep))
+    rows = train(timed, Data(data.train, {}))[1:]
     names = ("generate", "logprobs", "update", "sync", "step")
     total = {name: statistics.mean(row[f"time/{name}"] for row in rows) for name in names}
+    total["logprobs"] -= statistics.mean(asleep[1:])
+    total["sync"] += statistics.mean(asleep[1:])
     print(f"| {args.model} | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     print("| seconds, mean | " + " | ".join(f"{total[name]:.2f}" for name in names) + " |\n")
     print(f"sync / step {total['sync'] / total['step']:.3f}", end=" ")

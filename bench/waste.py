@@ -20,11 +20,9 @@ import numpy as np
 from harness import make_state, train
 
 import train_dapo
+from data_types import Data, Prompt, Response, Score
 from infra.config import load_config
-from infra.data import Data, Prompt
 from infra.rng import make_rng
-from reward import Score
-from rollout import Response
 
 GOAL, N = 1.2, 2
 
@@ -36,24 +34,23 @@ def simulate(size: int, shares: list[float], seed: int = 0) -> tuple[float, floa
         f"total_training_steps={len(shares)}", "data.gen_batch_size=auto"])
     response = Response(np.zeros(1, np.int32), np.zeros(1, np.float32), "", "stop")
 
-    def generate(state, prompts, positions, purpose, params):
+    def generate(state, prompts, params, stream, description):
         return [[response] * N for _ in prompts]
 
-    def score_responses(state, prompts, responses, purpose):
-        share, scores = shares[int(purpose.removeprefix("step ")) - 1], []
+    def score_responses(state, prompts, responses, description):
+        share, scores = shares[int(description.removeprefix("step ")) - 1], []
         for _ in prompts:
             kept = make_rng(seed, "kept", next(counter)).random() < share
             scores.append([Score(1.0, 1.0), Score(0.0, -1.0) if kept else Score(1.0, 1.0)])
         return scores
 
-    counter, nothing = iter(range(10**9)), mock.MagicMock()
-    state = SimpleNamespace(config=config, accelerator=SimpleNamespace(is_main_process=False),
-                            engine=nothing)
+    counter = iter(range(10**9))
+    accelerator = SimpleNamespace(is_main_process=False, scaler=None, check_trigger=lambda: False)
+    state = SimpleNamespace(config=config, accelerator=accelerator, engine=mock.MagicMock(),
+                            optimizer=mock.MagicMock())
     with mock.patch.multiple(train_dapo, generate=generate, score_responses=score_responses,
-                             add_logprobs=lambda state, samples, batches: samples,
-                             set_learning_rate=nothing, update_policy=nothing,
-                             actor_metrics=lambda *_: {}, sync_weights=nothing,
-                             check_logprob_mismatch=nothing):
+                             add_logprobs=lambda state, batches: batches,
+                             update_policy=lambda *_: None, sync_weights=lambda _: None):
         rows = train(state, Data([Prompt(0, "", [1], "", {})] * 1000, {}))
     return excess(rows, shares), float(np.mean([row["gen_batches"] for row in rows]))
 

@@ -29,7 +29,6 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
                  "the same to the bit"),
     "estimate": (["--shape", "tiny", "--cases", "fp16, checkpointed", "bf16, one micro-batch"],
                  "(goal 0.7 to 1.3)"),
-    "exchange": (["--processes", "2", "--lengths", "20", "--groups", "2"], "(goal 1.3)"),
     "kill_resume": (["--kills", "1", *TINY, "val.file="], "differences (goal: 1 and 0)"),
     "ladder": (["--seeds", "0", "--out", "runs", "--picture", "ladder.png", *TINY],
                "(goal above 0)"),
