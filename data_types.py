@@ -1,7 +1,7 @@
-"""What flows through a step, in order, and what a run is made of. No code, and nothing is changed
-once it is made, but for `Progress`.
+"""The types that flow through a step, in order, and those of a run. None is changed once it is
+made, except `Progress` and what a `TrainState` refers to.
 
-    Prompt -> Response -> Score -> Group -> Sample -> mini-batch -> micro-batch of tensors -> Stat
+    Prompt -> Response -> Score -> Group -> Sample -> mini-batch -> micro-batch -> loss and Stat
 
 T tokens of a response (EOS included), n responses to a prompt. Nothing is imported at run time:
 processes of reward functions load this file, and start without torch.
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is given, `token_ids` the whole of it."""
+    """A prompt; `token_ids` is the complete input of the model."""
     id: int         # its row in the data, from 0
     text: str       # after the templates
     token_ids: list[int]
-    answer: str     # the right one
+    answer: str     # the ground truth
     row: dict       # all columns of the data
-    position: int = 0  # in the endless stream of prompts, or in its validation set; of a step's
-                       # groups, each has another, even if the data repeat a prompt
+    position: int = 0  # in the endless order of prompts, or in its validation set: unique among the
+                       # groups of a step, even if the data repeat a prompt
 
 
 class SamplingParams(NamedTuple):
@@ -44,12 +44,12 @@ class SamplingParams(NamedTuple):
     max_tokens: int           # of each response
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0
-    logprobs: float = 1.0     # the share of the prompts for which vLLM is asked for log-probs
+    logprobs: float = 1.0     # the share of the prompts whose log-probs vLLM is asked for
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single ==
 class Response:
-    """What the policy wrote."""
+    """A response of the policy."""
     token_ids: ndarray  # (T,) int32, with the EOS if there was one
     logprobs: ndarray   # (T,) float32, of the sampler; NaN if they were not asked for
     text: str           # without special tokens
@@ -66,8 +66,8 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a reward function says of one response."""
-    acc: float | None  # right (1) or wrong (0); None: the reward function states no accuracy
+    """The result of a reward function for one response."""
+    acc: float | None  # correct (1) or not (0); None: the reward function returns no accuracy
     score: float       # what advantages are made of, before the overlong penalty
     pred: str = ""     # the answer as it was read; "" if there is none
     extra: dict[str, float | str] = field(default_factory=dict)  # numbers become metrics
@@ -77,16 +77,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its n responses: one of each in every list."""
+    """A prompt with its n responses; each list has one entry per response."""
     prompt: Prompt
     responses: list[Response]
     scores: list[Score]
-    rewards: list[float]        # the score, with the overlong penalty
-    final_rewards: list[float]  # and with the KL penalty, if it is on
+    rewards: list[float]        # score minus the overlong penalty, if it is on
+    final_rewards: list[float]  # rewards minus the KL penalty, if it is on
 
     def metric(self, name: str) -> list[float]:
         """The values that `filter_groups.metric` names, one per response. `acc` is the score if the
-        reward function states no accuracy."""
+        reward function returns no accuracy."""
         if name == "seq_reward":
             return self.rewards
         if name == "seq_final_reward":
@@ -116,21 +116,21 @@ class Stat(NamedTuple):
     """A statistic that a loss returns; it is logged as `actor/<name>` without further code."""
     values: Tensor        # (B, T), or a shape that broadcasts to it
     reduce: str = "mean"  # mean, sum or max over the tokens in the loss of the whole step; a scalar
-                          # with `sum` is a micro-batch's part of the sum
+                          # with `sum` is a micro-batch's part of the sum over all of its updates
     mask: Tensor | None = None  # (B, T): only these of the tokens in the loss
 
 
 class Update(NamedTuple):
     """What an optimizer step did."""
     grad_norm: float | None  # before clipping; None: fp16 skipped the step, since it overflowed
-    num_tokens: int          # of prompts and responses, in the whole mini-batch
+    total_tokens: int        # of prompts and responses, in the whole mini-batch
     micro_batches: list[tuple[list[Sample], Tensor, dict[str, Stat]]]  # of this rank: samples, mask
     # (B, T) of the tokens in the loss, statistics by name
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a validation set says of a policy."""
+    """The result of a validation set."""
     metrics: dict[str, float]              # over all prompts: avg@k, response_length, ...
     by_level: dict[str, dict[str, float]]  # the same for each level of difficulty
     prompt: str                            # the first prompt, its answer, the responses to it

@@ -9,10 +9,11 @@ Departures from the paper:
   1. std is the sample standard deviation (n - 1), and 1e-6 is added to it.
   2. The mean over tokens is that of the whole mini-batch of an optimizer step, on all ranks
      (`num_tokens`), as in the released code; equation 8 as printed is that of one prompt's group.
-  3. `norm_by_std`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms and
-     `importance_weights` are for ablations; none of them is on by default.
+  3. `norm_by_std=False`, `clip_ratio_c` (dual clip), the other aggregations, the KL terms and
+     `importance_weights` are for ablations, and off by default.
 
-Shapes: B responses, T response tokens (padded on the right), G groups, n responses per group.
+Shapes: B responses, T response tokens (padded on the right), G groups, n responses per group
+(the paper's G).
 Masks are 1 on the tokens that are trained and 0 elsewhere; a value with the mask 0 has no effect.
 """
 
@@ -46,8 +47,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
             most -A * c. None or 0: off.
         weights: (B, T) or (B, 1), factors of the loss, see `importance_weights`.
     Returns:
-        The loss (B, T), or a shape that broadcasts to it, neither masked nor aggregated, and its
-        statistics by name.
+        The loss (B, T), neither masked nor aggregated, and its statistics by name.
     """
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
@@ -74,7 +74,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
                        level: str = "token", cap: float = 2.0) -> Tensor:
-    """Truncated importance weights for a sampler that computes log-probs a little differently.
+    """Truncated importance weights for the mismatch of the trainer's and the sampler's log-probs.
 
     `token`: min(pi_old / pi_rollout, cap) of each token, (B, T). `sequence`: of whole responses,
     (B, 1): unbiased but for the cap, with a high variance if responses are long. Detached; 1 where
@@ -120,7 +120,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
 
     See http://joschu.net/blog/kl-approx.html.
     `k1`: unbiased, may be negative. `k2`: biased, low variance. `k3`: unbiased, never negative.
-    As a loss on tokens sampled from the policy, k1's gradient is zero on average; k2's is right.
+    As a loss on tokens sampled from the policy, k1's gradient is zero on average, k2's is that of
+    the KL.
     """
     difference = logprobs - ref_logprobs
     if kind == "k1":

@@ -36,7 +36,7 @@ LATEX = [(re.compile(pattern, re.MULTILINE), plain) for pattern, plain in [
     (r"\\overline\{([^}\n]*)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
     (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]]
 
-# What math_verify is not asked: see `score_math_verify`.
+# Answers that are not passed to math_verify: see `score_math_verify`.
 WORK = re.compile(
     r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|!|mod|choose")
 ARITHMETIC = re.compile(
@@ -46,8 +46,9 @@ NUMBER = re.compile(r"-?(?:[0-9.]+(?:/[0-9]+)?|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,
                      penalty_factor: float = 1.0) -> float:
-    """Soft overlong punishment (equation 13): 0 up to the start of the buffer, then linear, and
-    -penalty_factor from `max_response_length` on. Lengths in tokens."""
+    """Soft overlong punishment (equation 13; L_max is `max_response_length`, L_cache is
+    `overlong_buffer_len`): 0 up to L_max - L_cache, then linear, and -penalty_factor from L_max on.
+    Lengths in tokens."""
     excess = response_len - (max_response_length - overlong_buffer_len)
     return -min(max(excess / overlong_buffer_len, 0.0), 1.0) * penalty_factor
 
@@ -110,7 +111,7 @@ def answer_or_box(response: str) -> str:
 
 @lru_cache(maxsize=256)
 def parse_latex(text: str) -> list:
-    """What the library math_verify reads in `text`. Sets no limit of time: see reward_pool.py."""
+    """What the library math_verify reads in `text`; infra/reward_pool.py sets the limit of time."""
     from math_verify import parse
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that there is no limit
     marked = re.search(r"\$|boxed|\\[(\[]", text)
@@ -120,9 +121,9 @@ def parse_latex(text: str) -> list:
 def score_math_verify(response: str, ground_truth: str) -> Score:
     """`answer_or_box`, compared as mathematics by the library math_verify: +1 or -1.
 
-    The library evaluates what it is given, so it is not given unfinished work: sums, factorials and
-    the like that the ground truth lacks, or any arithmetic if the ground truth is a number. Nor
-    ratios such as 1:5, nor lists without brackets, whose order it ignores.
+    The library evaluates what it is given, so it is not given unevaluated expressions: sums,
+    factorials and the like that the ground truth lacks, or any arithmetic if the ground truth is a
+    number. Nor ratios such as 1:5, nor lists without brackets, whose order it ignores.
     """
     from math_verify import verify
     answer, truth = answer_or_box(response), normalize_answer(ground_truth)
@@ -135,7 +136,7 @@ def score_math_verify(response: str, ground_truth: str) -> Score:
         return score
     try:
         right = verify(parse_latex(ground_truth), parse_latex(answer), timeout_seconds=None)
-    except MemoryError:
+    except MemoryError:  # a failure of the worker, not a wrong answer
         raise
     except Exception:  # sympy raises anything on a malformed answer, which is then wrong
         right = False
@@ -145,8 +146,8 @@ def score_math_verify(response: str, ground_truth: str) -> Score:
 # ---- one score of several reward functions ------------------------------------------------------
 
 def failed_score(status: str, weights: Sequence[float], message: str) -> Score:
-    """The score of a response whose reward function failed: the lowest possible score, so that it
-    does not pay to break one of several."""
+    """The score of a response whose reward function failed: the lowest possible score, so that a
+    policy gains nothing if it makes one of several fail."""
     return Score(0.0, -sum(map(abs, weights)), status=status, message=message)
 
 

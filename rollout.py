@@ -43,7 +43,7 @@ def generate(state: TrainState, prompts: Sequence[Prompt], params: SamplingParam
                 [prompt.token_ids for prompt in share], seeds, params,
                 progress=description if state.accelerator.is_main_process else "")
 
-    # The ranks of one engine generate for its prompts together.
+    # The ranks of one tensor-parallel engine get the same prompts.
     return map_over_ranks(state.accelerator, generate_share, prompts, description,
                           config.rollout.tensor_parallel_size)
 
@@ -128,7 +128,7 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
         remaining = int(running.sum())
         if not remaining or t == max_tokens - 1:
             break
-        if remaining < 0.9 * len(rows):  # ended rows leave, several at once: the cache is copied
+        if remaining < 0.9 * len(rows):  # not at each that ends: removing rows copies the cache
             cache.reorder_cache(running.nonzero().squeeze(1))
             rows, token, uniforms, lengths, mask, running = (
                 x[running] for x in (rows, token, uniforms, lengths, mask, running))
@@ -152,7 +152,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float,
     else:
         if top_p < 1:
             logprobs = top_p_filter(logprobs, top_p)
-        cumulative = logprobs.exp().cumsum(-1)  # (B, V); scaled, since it ends only near 1
+        cumulative = logprobs.exp().cumsum(-1)  # (B, V); its end is 1 only up to rounding
         target = uniforms[:, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
         token = token.clamp(max=logits.shape[-1] - 1)
@@ -160,7 +160,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float,
 
 
 def top_p_filter(logprobs: Tensor, top_p: float) -> Tensor:
-    """Renormalised to the fewest most probable tokens whose probabilities sum to `top_p`."""
+    """Log-probs (B, V), renormalised over the fewest most probable tokens whose probabilities sum
+    to at least `top_p`; -inf elsewhere."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()  # the sum of all more probable tokens
     ordered = ordered.masked_fill(before >= top_p, -torch.inf)

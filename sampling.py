@@ -2,13 +2,13 @@
 
 DAPO (section 3.2, equation 11) drops a group if all of its responses are correct, or all wrong:
 equal rewards give every response the advantage 0. Departures from the paper:
-  1. The filter compares the values of any metric, of which accuracy is the default. Groups of equal
-     accuracy are dropped even if the overlong penalty makes their rewards differ.
-  2. If `filter_groups.max_num_gen_batches` is reached before the buffer is full, the step trains on
+  1. `filter_groups.metric` may be another value than accuracy, which equation 11 compares.
+  2. Kept groups beyond `train_batch_size` are discarded.
+  3. If `filter_groups.max_num_gen_batches` is reached before the buffer is full, the step trains on
      the groups there are, is skipped, or ends the run (`filter_groups.at_limit`).
 
-The prompt stream is endless: epoch after epoch, each in its own order. A position in the stream is
-one integer, and identifies a group even if the data repeat a prompt.
+The order of prompts is endless: epoch after epoch, each shuffled. A position in it is one integer,
+and identifies a group even if the data repeat a prompt.
 """
 
 import math
@@ -31,14 +31,14 @@ from reward import overlong_penalty
 def draw_prompts(prompts: list[Prompt], config: SimpleNamespace, counters: dict[str, float],
                  generated: Sequence[Group], kept: int) -> list[Prompt]:
     """The prompts of the next generation batch of a step that has kept `kept` of the groups
-    `generated` so far: those that follow in the stream."""
+    `generated` so far: those that come next."""
     start = generated[-1].prompt.position + 1 if generated else counters["prompts_drawn"]
     count = generation_batch_size(config, counters, kept, len(generated))
     return [prompt_at(prompts, position, config.seed) for position in range(start, start + count)]
 
 
 def prompt_at(prompts: list[Prompt], position: int, seed: int) -> Prompt:
-    """The prompt at this position of the endless stream; each epoch has its own order."""
+    """The prompt at this position of the endless order; each epoch has its own."""
     epoch, index = divmod(position, len(prompts))
     order = _epoch_order(len(prompts), seed, epoch)
     return replace(prompts[order[index]], position=position)
@@ -110,14 +110,15 @@ def make_groups(config: SimpleNamespace, prompts: Sequence[Prompt],
     """A group per prompt; a response's reward is its score and, if on, the soft overlong
     punishment (equation 13)."""
     overlong, groups = config.overlong_buffer, []
-    for prompt, written, scored in zip(prompts, responses, scores, strict=True):
-        rewards = [score.score for score in scored]
+    for prompt, group_responses, group_scores in zip(prompts, responses, scores, strict=True):
+        rewards = [score.score for score in group_scores]
         if overlong.enable:
             rewards = [reward + overlong_penalty(len(response.token_ids),
                                                  config.data.max_response_length, overlong.len,
                                                  overlong.penalty_factor)
-                       for reward, response in zip(rewards, written, strict=True)]
-        groups.append(Group(prompt, written, scored, rewards, final_rewards=rewards))
+                       for reward, response in zip(rewards, group_responses, strict=True)]
+        groups.append(Group(prompt, group_responses, group_scores, rewards,
+                            final_rewards=rewards))
     return groups
 
 
@@ -127,17 +128,17 @@ def is_informative(values: Sequence[float]) -> bool:
 
 
 def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
-    """The filter (equation 11): whether a group is trained, by the config's `filter_groups`.
+    """Equation 11: whether a group enters the buffer, by the config's `filter_groups`.
 
-    It looks at the accuracy, not at the reward that is trained on: with the overlong penalty the
-    rewards of a group that is all wrong differ, and such groups would teach the length alone.
+    By default it looks at the accuracy, not at the reward that is trained on: with the overlong
+    penalty the rewards of an all-wrong group differ, and such groups would teach length alone.
     """
     return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
 
 
 def describe_filter(filter_groups: SimpleNamespace) -> str:
     """What the filter compares, for the start of a run."""
-    compared = {"acc": "accuracy (score, if the reward function states no accuracy)",
+    compared = {"acc": "accuracy (score, if the reward function returns no accuracy)",
                 "score": "score", "seq_reward": "score with the overlong penalty",
                 "seq_final_reward": "score with the overlong and KL penalties"}
     if not filter_groups.enable:
@@ -147,9 +148,9 @@ def describe_filter(filter_groups: SimpleNamespace) -> str:
 
 
 def select_groups(buffer: list[Group], config: SimpleNamespace) -> list[Group]:
-    """The groups that are trained: the first `train_batch_size` kept, in the stream's order.
+    """The groups that are trained: the first `train_batch_size` kept, in the order of the prompts.
 
-    If there are fewer, `filter_groups.at_limit` decides: those, or none (the step is skipped).
+    If there are fewer, `filter_groups.at_limit` decides. `train`: those; `skip` and `error`: none.
     """
     size = config.data.train_batch_size
     return buffer[:size] if len(buffer) >= size or config.filter_groups.at_limit == "train" else []

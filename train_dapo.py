@@ -6,7 +6,8 @@ Numbers in the comments of `train` are the lines of the paper's Algorithm 1. Eve
 response of a step, so all take the same decisions and divide by the same counts; each generates,
 scores and trains a share of them. Departures from the paper (those of the equations stand at the
 heads of sampling.py, losses.py and reward.py):
-  1. A step ends with a full buffer; the paper's lines 7 and 8 begin a new step until it is full.
+  1. A step generates until its buffer is full, or `max_num_gen_batches` is reached; the paper's
+     lines 7 and 8 begin a new step instead.
   2. Line 10's iterations are `ppo_epochs` passes over shuffled mini-batches, as in its code.
 """
 
@@ -45,8 +46,8 @@ from sampling import (check_underfilled, describe_filter, draw_prompts, keep_gro
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> None:
-    """DAPO's Algorithm 1, from the step that `progress` has reached to the last one, or to a signal
-    that ends the run. Raises ValueError or OSError if it cannot continue."""
+    """DAPO's Algorithm 1, from the step after those of `progress`, which it updates, to the last, or
+    to a signal. Raises ValueError or OSError if it cannot continue."""
     config, done = state.config, progress.counters["step"]
     size, limit = config.data.train_batch_size, config.filter_groups.max_num_gen_batches or math.inf
     steps = tqdm(range(done + 1, config.total_training_steps + 1), "DAPO", initial=done,
@@ -57,7 +58,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
             prompts = draw_prompts(data.train, config, progress.counters,
                                    record.generated, len(buffer))    # 2: a batch of prompts
             with record.timer("generate"):                           # 4: n responses to each
-                responses = generate(state, prompts, sampling_params(state), name, name)
+                responses = generate(state, prompts, sampling_params(state), name, description=name)
             with record.timer("reward"):                             # 5: their rewards
                 scores = score_responses(state, prompts, responses, name)
             groups = make_groups(config, prompts, responses, scores)
@@ -75,7 +76,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
             with record.timer("update"):
                 for mini_batch in batches:                           # 10: for each mini-batch
                     record.add_update(update_policy(state, mini_batch, step))  # 11: equation 8
-            with record.timer("sync"):                               # 3: what is sampled from next
+            with record.timer("sync"):                               # 3: pi_old <- pi, for the next
                 sync_weights(state)
         progress.counters = update_counters(progress.counters, record, len(buffer), len(groups))
         evaluations = validate(state, data.val, step)
@@ -94,8 +95,8 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
 # ---- lines 4, 5 and 9: sampling, rewards, advantages ---------------------------------------------
 
 def sampling_params(state: TrainState) -> SamplingParams:
-    """How a step samples. vLLM is asked for log-probs if the loss uses them; else for those of some
-    prompts, to measure how far sampler and trainer differ."""
+    """The sampling parameters of training. vLLM is asked for log-probs if the loss uses them; else
+    for those of some prompts, to measure how far sampler and trainer differ."""
     config, rollout = state.config, state.config.rollout
     in_loss = rollout.correction != "off" or uses_rollout_logprobs(state)
     return SamplingParams(rollout.n, config.data.max_response_length, rollout.temperature,
@@ -103,18 +104,20 @@ def sampling_params(state: TrainState) -> SamplingParams:
 
 
 def apply_kl_penalty(state: TrainState, groups: list[Group]) -> list[Group]:
-    """Subtract kl_coef * KL(policy || reference), summed over a response, from its reward."""
+    """The groups with `final_rewards` of reward - kl_coef * KL(policy || reference), summed over a
+    response."""
     algorithm, penalised = state.config.algorithm, []
     samples = [Sample(group.prompt.token_ids, response.token_ids, 0.0,
                       key=(group.prompt.position, i))
                for group in groups for i, response in enumerate(group.responses)]
-    policy, reference = (compute_logprobs(state, model, [samples])
-                         for model in (state.policy, state.reference))
+    logprobs, ref_logprobs = (compute_logprobs(state, model, [samples])
+                              for model in (state.policy, state.reference))
     for group in groups:
         rewards = []
         for i, reward in enumerate(group.rewards):
             key = (group.prompt.position, i)
-            kl = kl_penalty(policy[key].double(), reference[key].double(), algorithm.kl_penalty)
+            kl = kl_penalty(logprobs[key].double(), ref_logprobs[key].double(),
+                            algorithm.kl_penalty)
             rewards.append(reward - algorithm.kl_coef * kl.sum().item())
         penalised.append(replace(group, final_rewards=rewards))
     return penalised
@@ -145,12 +148,12 @@ def add_logprobs(state: TrainState, batches: list[list[Sample]]) -> list[list[Sa
     """The mini-batches with old log-probs, and those of the reference if the loss has a KL term."""
     config = state.config
     first_epoch = batches[:len(batches) // config.actor.ppo_epochs]  # it has every sample
-    state.engine.sleep()  # its memory is needed until the next weight sync
+    state.engine.sleep()  # frees its memory for the trainer; the next weight sync wakes it
     if uses_rollout_logprobs(state):
         old = {sample.key: sample.rollout_logprobs for batch in first_epoch for sample in batch}
     else:
-        # The first mini-batch is trained by the very policy that generated it: its old log-probs
-        # are its log-probs, and no pass is needed for it unless a later epoch trains it again.
+        # When the first mini-batch is trained, the policy has not changed since it generated the
+        # responses: its log-probs are the old ones, unless a later epoch trains them again.
         later = first_epoch if config.actor.ppo_epochs > 1 else first_epoch[1:]
         old = compute_logprobs(state, state.policy, later)
     ref = compute_logprobs(state, state.reference, first_epoch) if config.actor.use_kl_loss else {}
@@ -183,11 +186,11 @@ def update_policy(state: TrainState, mini_batch: list[Sample], step: int) -> Upd
         sync = micro is micros[-1] or is_sharded(accelerator)
         with nullcontext() if sync else accelerator.no_sync(state.policy):
             with accelerator.autocast():
-                loss, found = compute_loss(config, state.policy, batch, num_tokens, num_seqs)
+                loss, micro_stats = compute_loss(config, state.policy, batch, num_tokens, num_seqs)
             # DDP and FSDP average the gradients of the ranks, whose losses are parts of a sum.
             accelerator.backward(loss * accelerator.num_processes)
         stats.append((micro, batch["mask"], {name: stat._replace(values=stat.values.detach())
-                                             for name, stat in found.items()}))
+                                             for name, stat in micro_stats.items()}))
     norm = accelerator.clip_grad_norm_(state.policy.parameters(), config.actor.grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     finite, scaler = math.isfinite(norm), accelerator.scaler
@@ -203,8 +206,8 @@ def compute_loss(config: SimpleNamespace, policy: torch.nn.Module, batch: dict, 
                  num_seqs: int) -> tuple[Tensor, dict[str, Stat]]:
     """A micro-batch's part of the loss (equation 8, negated, and optional terms) and statistics.
 
-    A batch without old log-probs is trained by the policy that generated it: they are the current
-    ones. `num_tokens`, `num_seqs`: those in the loss, in the whole mini-batch over all ranks.
+    If a batch has no old log-probs, the policy has not changed since it generated it: they are the
+    current ones. `num_tokens`, `num_seqs`: those in the loss of the whole mini-batch, on all ranks.
     """
     actor, rollout, mask = config.actor, config.rollout, batch["mask"]
     logprobs, entropy = response_logprobs(policy, batch, rollout.temperature)  # (B, T) each
@@ -259,11 +262,11 @@ def main() -> None:
         if accelerator.is_main_process:
             print_report(config, progress, time.perf_counter() - start)
         end_processes(accelerator, state.engine)
-    except SystemExit as error:
+    except SystemExit as error:  # a ValueError or OSError, by one_line_errors
         message = f"{error}{save_after_failure(state, error)}"
         state.engine.close()
         raise SystemExit(message) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the second Ctrl-C; the first ends the run after its step
         saved = [f"resumes from {path}" for path in list_checkpoints(config.run_dir)]
         raise SystemExit("interrupted; the same command "
                          f"{saved[0] if saved else 'starts from the beginning'}") from None

@@ -62,7 +62,7 @@ class StepRecord:
                 if sample.in_loss and sample.key[0] in saved:
                     self._add_token_stats(stats, mask, row, sample)
             self._add_stats(stats, mask)
-        self.trained_tokens += update.num_tokens
+        self.trained_tokens += update.total_tokens
         self.skipped_updates += update.grad_norm is None
         self.grad_norms += [update.grad_norm] * (update.grad_norm is not None)
 
