@@ -342,8 +342,11 @@ def test_two_hosts_do_what_one_process_does_and_resume(one_process, two_hosts, t
 
 @pytest.mark.slow
 def test_hosts_that_see_different_directories_are_refused_in_one_line(two_hosts, tmp_path):
-    (tmp_path / "disk").mkdir()
-    outputs = on_both(two_hosts, f"mount -t tmpfs none {tmp_path}/disk; $LAUNCH train_dapo.py "
-                      f"--config config.yaml run_dir={tmp_path}/disk/run || true")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    outputs = on_both(two_hosts, f"mount -t tmpfs none {disk}; if $LAUNCH train_dapo.py "
+                      f"--config config.yaml run_dir={disk}/run; then exit 9; fi")
     for output in outputs:
-        assert "is not the same directory on all machines" in output
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert f"run_dir: {disk}/run is not the same directory on all machines" in error
+        assert 'train_dapo.py", line' not in output  # a traceback
