@@ -497,6 +497,7 @@ LOAD = """
 import resource, sys, time
 sys.path[:0] = ["tests", "."]
 from transformers import AutoTokenizer
+from data_types import Progress
 from infra.config import load_config
 from infra.data import load_data
 from sampling import draw_prompts
@@ -504,7 +505,7 @@ tokenizer = AutoTokenizer.from_pretrained("toy/base")
 config = load_config("config.yaml", [f"data.train_file={sys.argv[1]}", "val.file=", "data.max_prompt_length=999", sys.argv[2]])
 start = time.process_time()  # the clock on the wall runs on while other processes have the cores
 data = load_data(config, tokenizer, print)
-draw_prompts(data.train, 0, 512, 0)  # shuffles all of them
+draw_prompts(data.train, config, Progress().counters, [], 0)  # shuffles all of them
 print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 

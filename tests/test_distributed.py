@@ -4,20 +4,32 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from threading import Barrier, local
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, logprobs_of
 from safetensors.torch import load_file
+from test_train import make_mini_batch
 from worker import MODES
 
 import infra.distributed
-from data_types import Sample
+import infra.logprobs
+from data_types import Prompt, Response, Sample, SamplingParams, Score
 from infra.batching import make_batch, micro_batches
 from infra.distributed import map_over_ranks, raise_on_all_ranks
+from infra.logprobs import compute_logprobs
+from rollout import generate
+from sampling import score_responses
 from train_dapo import compute_loss
 
 ROOT = Path(__file__).parent.parent
@@ -51,28 +63,30 @@ def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
 @pytest.fixture
 def as_ranks(monkeypatch):
     """`as_ranks(function, world)`: the results or errors of `function(accelerator)` on each of so
-    many ranks, which take part in one `gather_object`."""
+    many ranks. They are threads, with a `gather_object` of their own."""
     def as_ranks(function, world):
-        class Meeting(Exception):
-            pass
+        barrier, sent, this = Barrier(world, timeout=60), [None] * world, local()
 
-        def meet(sent):
-            raise Meeting(sent)
+        def gather_object(items):
+            sent[this.rank] = items
+            barrier.wait()  # all have sent theirs
+            gathered = list(chain(*sent))
+            barrier.wait()  # all have read: the next call may replace them
+            return gathered
 
-        ranks, sent, outcomes = [SimpleNamespace(process_index=rank, num_processes=world)
-                                 for rank in range(world)], [], []
-        monkeypatch.setattr(infra.distributed, "gather_object", meet)
-        for rank in ranks:
-            with pytest.raises(Meeting) as meeting:
-                function(rank)
-            sent += meeting.value.args[0]
-        monkeypatch.setattr(infra.distributed, "gather_object", lambda _: sent)
-        for rank in ranks:
+        def run(rank):
+            this.rank = rank
             try:
-                outcomes.append(function(rank))
+                return function(SimpleNamespace(
+                    process_index=rank, num_processes=world, is_main_process=rank == 0,
+                    device=torch.device("cpu"), autocast=nullcontext))
             except Exception as error:
-                outcomes.append(error)
-        return outcomes
+                return error
+
+        for module in (infra.distributed, infra.logprobs):
+            monkeypatch.setattr(module, "gather_object", gather_object)
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(run, range(world)))
     return as_ranks
 
 
@@ -81,16 +95,14 @@ def as_ranks(monkeypatch):
 def test_the_ranks_divide_the_work_and_each_gets_all_results_in_order(as_ranks, ranks_per_share,
                                                                       shares, count):
     """Neighbours that work on a share together, as those of one engine, count once."""
-    worked = []
+    def square_all(rank):
+        def square(items):
+            worked[rank.process_index] = list(items)
+            return [item**2 for item in items]
+        return map_over_ranks(rank, square, range(count), "", ranks_per_share)
 
-    def square(items):
-        worked.append(list(items))
-        return [item**2 for item in items]
-
-    world = shares * ranks_per_share
-    outcomes = as_ranks(lambda rank: map_over_ranks(rank, square, range(count), "",
-                                                    ranks_per_share), world)
-    assert outcomes == [[i**2 for i in range(count)]] * world
+    worked, world = {}, shares * ranks_per_share
+    assert as_ranks(square_all, world) == [[i**2 for i in range(count)]] * world
     for rank in range(world):
         assert worked[rank] == list(range(count))[rank // ranks_per_share::shares]
 
@@ -112,6 +124,73 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
                                     (fail_on_0, OSError, "cannot save x: not allowed")):
         errors = as_ranks(function, 2)
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
+
+
+def test_every_rank_has_the_responses_and_scores_that_one_process_has(as_ranks, capsys):
+    """A prompt is given to one engine, on all of its ranks, and scored once; one rank warns."""
+    prompts = [Prompt(i, f"p{i}", [i], str(i), {}, position=i) for i in range(7)]
+
+    def respond(seed, n):
+        rng = np.random.default_rng(seed)
+        return [Response(rng.integers(0, 99, 5, np.int32), rng.random(5, np.float32), "x", "stop")
+                for _ in range(n)]
+
+    def score(task):
+        if task.ground_truth == "5":
+            return [Score(None, 0.0, status="error", message="broken")] * len(task.responses)
+        return [Score(1.0, float(task.ground_truth))] * len(task.responses)
+
+    def run_step(rank, per_engine):
+        def generate_share(ids, seeds, params, progress):
+            assert progress == ("step 1" if rank.is_main_process else "")
+            generated.extend((rank.process_index // per_engine, *prompt) for prompt in ids)
+            return [respond(seed, params.n) for seed in seeds]
+
+        def score_share(tasks):
+            scored.extend(int(task.ground_truth) for task in tasks)
+            return list(map(score, tasks))
+
+        config = SimpleNamespace(seed=0, rollout=SimpleNamespace(tensor_parallel_size=per_engine))
+        state = SimpleNamespace(accelerator=rank, config=config, scorer=score_share,
+                                engine=SimpleNamespace(generate=generate_share))
+        groups = generate(state, prompts, SamplingParams(4, 5), "step 1", "step 1")
+        found = [[(r.token_ids.tolist(), r.logprobs.tolist()) for r in group] for group in groups]
+        return found, score_responses(state, prompts, groups, "step 1")
+
+    results = []
+    for world, per_engine in ((1, 1), (3, 1), (4, 2)):
+        generated, scored = [], []
+        results += as_ranks(partial(run_step, per_engine=per_engine), world)
+        engines = world // per_engine
+        assert sorted(generated) == sorted([(i % engines, i) for i in range(7)] * per_engine)
+        assert sorted(scored) == list(range(7))
+        assert capsys.readouterr().out.count("4 responses count as wrong: prompt 5") == 1
+    assert results == results[:1] * 8
+    groups, scores = results[0]
+    assert len({str(response) for group in groups for response in group}) == 28
+    assert [group[0].score for group in scores] == [0, 1, 2, 3, 4, 0, 6]
+
+
+def test_every_rank_has_the_log_probs_of_all_samples(as_ranks, make_state):
+    """Of several mini-batches, of which one gives most ranks nothing to do; all ranks run the model
+    equally often, as a sharded one must."""
+    state, prompts = make_state("actor.max_tokens_per_micro_batch=120")
+    samples = make_mini_batch(state, prompts)
+    expected = {sample.key: logprobs_of(state, state.policy, [sample])[0] for sample in samples}
+
+    def compute(rank):
+        model, passes = deepcopy(state.policy), []
+        model.register_forward_hook(lambda *_: passes.append(1))
+        found = compute_logprobs(replace(state, accelerator=rank, policy=model), model,
+                                 [samples[:1], samples[1:4], samples[4:]])
+        return found, len(passes)
+
+    for world in (1, 3):
+        outcomes = as_ranks(compute, world)
+        assert len({passes for _, passes in outcomes}) == 1 and outcomes[0][1] > 1
+        for found, _ in outcomes:
+            assert found.keys() == expected.keys()
+            assert all(torch.allclose(found[key], expected[key], atol=1e-5) for key in expected)
 
 
 # ---- real processes, over gloo -------------------------------------------------------------------
@@ -226,8 +305,8 @@ def on_both(hosts, script):
                            "--machine_rank", str(rank), "--main_process_ip", "10.77.0.1"])
         processes.append(subprocess.Popen(
             ["ip", "netns", "exec", host, "unshare", "--mount", "bash", "-ec",
-             f"LAUNCH='{launch}'; {script}"], cwd=ROOT, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT))
+             f"LAUNCH='{launch}'; {script}"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "cable"}, stderr=subprocess.STDOUT))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
     return outputs
@@ -263,8 +342,11 @@ def test_two_hosts_do_what_one_process_does_and_resume(one_process, two_hosts, t
 
 @pytest.mark.slow
 def test_hosts_that_see_different_directories_are_refused_in_one_line(two_hosts, tmp_path):
-    (tmp_path / "disk").mkdir()
-    outputs = on_both(two_hosts, f"mount -t tmpfs none {tmp_path}/disk; $LAUNCH train_dapo.py "
-                      f"--config config.yaml run_dir={tmp_path}/disk/run || true")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    outputs = on_both(two_hosts, f"mount -t tmpfs none {disk}; if $LAUNCH train_dapo.py "
+                      f"--config config.yaml run_dir={disk}/run; then exit 9; fi")
     for output in outputs:
-        assert "is not the same directory on all machines" in output
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert f"run_dir: {disk}/run is not the same directory on all machines" in error
+        assert 'train_dapo.py", line' not in output  # a traceback

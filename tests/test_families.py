@@ -101,7 +101,7 @@ def greedy_by_generate(model, max_tokens: int) -> list[list[int]]:
 @pytest.fixture
 def train_two_steps(start, monkeypatch):
     """Two steps on rewards that differ within each group; the metrics of each."""
-    def score_responses(state, prompts, responses, purpose):
+    def score_responses(state, prompts, responses, description):
         return [[make_score(i % 2) for i in range(len(group))] for group in responses]
 
     def train_two_steps(*overrides: str) -> list[dict]:

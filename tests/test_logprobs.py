@@ -124,8 +124,8 @@ def test_log_probs_that_stay_for_the_backward_pass_change_no_bit_and_save_a_prod
         products.append(b.shape)
         return a @ b
     monkeypatch.setattr(logprobs_module, "matmul_fp32", spy)
-    for room, expected in ((0, 14), (3 * 22, 11), (13 * 11, 7)):
-        monkeypatch.setattr(logprobs_module, "kept_elements", lambda device, room=room: room)
+    for budget, expected in ((0, 14), (3 * 22, 11), (13 * 11, 7)):
+        monkeypatch.setattr(logprobs_module, "kept_elements", lambda device, kept=budget: kept)
         products.clear()
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy = fused_linear_logprobs(x, w, tokens, 0.7)
@@ -209,8 +209,8 @@ def logprobs_alone(model, sample: Sample, temperature: float) -> tuple[torch.Ten
     ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids.tolist()]])
     logits = model(ids).logits[0, prompt_length - 1:-1] / temperature
     logprobs = torch.log_softmax(logits, -1)
-    of_tokens = logprobs.gather(-1, ids[0, prompt_length:, None]).squeeze(-1)
-    return of_tokens, -(logprobs.exp() * logprobs).sum(-1)
+    chosen = logprobs.gather(-1, ids[0, prompt_length:, None]).squeeze(-1)
+    return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
 def total_loss(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:

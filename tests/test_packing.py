@@ -10,6 +10,7 @@ from conftest import read_rows
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, MistralConfig
 
+from data_types import Sample, SamplingParams
 from infra import packing
 from infra.batching import collate
 from infra.logprobs import response_logprobs
@@ -17,7 +18,6 @@ from infra.packing import (PACKED_ATTENTION, block_sdpa, enable_packing, make_bl
                            packed_attention, packing_kind, varlen_works)
 from infra.setup import copy_without_weights
 from rollout import transformers_generate
-from data_types import Sample, SamplingParams
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0}

@@ -27,7 +27,7 @@ def planted(monkeypatch, **settings):
                         functools.partial(torch.amp.GradScaler, **settings))
 
 
-def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_goes_on(
+def test_a_step_whose_gradient_overflows_is_skipped_and_counted_and_the_run_continues(
         make_state, monkeypatch, capsys):
     planted(monkeypatch, init_scale=2.0**40)  # gradients in float16 end at 65504
     state, prompts = make_state(FP16)

@@ -12,7 +12,6 @@ from infra.tokens import make_responses, stop_token_ids
 from infra.vllm_engine import request_params
 from rollout import generate, sample_tokens, transformers_generate
 
-
 PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
 

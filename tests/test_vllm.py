@@ -148,8 +148,8 @@ def test_training_asks_for_logprobs_of_all_only_if_it_uses_them(engine, tmp_path
     def spy(prompts, seeds, params, progress=""):
         groups = engine.generate(prompts, seeds, params)
         flags = [[bool(np.isfinite(r.logprobs).all()) for r in group] for group in groups]
-        assert all(len(set(of_group)) == 1 for of_group in flags)
-        seen.setdefault(progress, []).append([of_group[0] for of_group in flags])
+        assert all(len(set(group)) == 1 for group in flags)
+        seen.setdefault(progress, []).append([group[0] for group in flags])
         return groups
 
     def train(name, steps):
@@ -157,14 +157,14 @@ def test_training_asks_for_logprobs_of_all_only_if_it_uses_them(engine, tmp_path
         rows = train_here(replace(engine, generate=spy), tmp_path / name, *COMMON, override,
                           "val.file=toy/val.jsonl", f"total_training_steps={steps}")
         return rows, dict(seen)
-    rows, of_run = train("whole", 2)
-    assert all(map(all, of_run.pop("weight sync"))) and np.sum(of_run.pop("validation")) == 0
-    batches = [batch for batches in of_run.values() for batch in batches]
+    rows, found = train("whole", 2)
+    assert all(map(all, found.pop("weight sync"))) and np.sum(found.pop("validation")) == 0
+    batches = [batch for batches in found.values() for batch in batches]
     assert len(batches) >= 2
     assert all(sum(batch) == math.ceil(share * len(batch)) for batch in batches)
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     train("parts", 1)
-    assert train("parts", 2)[1]["step 2"] == of_run["step 2"]
+    assert train("parts", 2)[1]["step 2"] == found["step 2"]
 
 
 def test_evaluate_generates_with_the_model_that_it_is_given(vllm_state, engine, capsys):

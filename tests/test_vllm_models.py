@@ -42,8 +42,8 @@ def test_a_mixture_of_experts_a_hybrid_and_a_language_part_train_by_vllm(kind, p
                                                                          checkpoint, tmp_path):
     """Log-probs agree before the first update and after each of three."""
     rows = train_here(None, tmp_path / "run", *COMMON, ALL_LOGPROBS, checkpoint(kind),
-                      "actor.lr=0.003", f"mixed_precision={precision}", "filter_groups.enable=false",
-                      "actor.entropy_coeff=1", "total_training_steps=4")
+                      "actor.lr=0.003", f"mixed_precision={precision}", "actor.entropy_coeff=1",
+                      "filter_groups.enable=false", "total_training_steps=4")
     limit = 1e-4 if precision == "no" else 0.03
     assert len(rows) == 4
     assert all(row["actor/mismatch_abs"] < limit and row["actor/grad_norm"] > 0 for row in rows)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import TINY, mean_mismatch
 from torch.nn.utils.rnn import pad_sequence
+from test_distributed import LAUNCH, ROOT
 from test_families import EXPERTS, LINEAR, SIZES, save, small_vision
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                           Qwen3_5Config)
@@ -25,7 +25,6 @@ from infra.config import load_config
 from infra.setup import setup, sync_weights
 from rollout import transformers_engine
 
-ROOT = Path(__file__).parent.parent
 VLLM = ["rollout.backend=vllm", "rollout.max_num_seqs=64"]
 COMMON = [*TINY, "save_rollouts=99", "save_every=1", "val.file=", "save_token_stats=false"]
 ALL_LOGPROBS = "rollout.correction=token"  # asks for those of every response
@@ -82,13 +81,10 @@ def train_here(engine, run_dir, *overrides):
 
 def launch(run_dir, *overrides, processes=1):
     """Start a training as the command line does."""
-    options = ["--num_processes", str(processes), "--main_process_port", "29731"]
-    if processes > 1:
-        options.append("--multi_gpu")
+    options = ["--num_processes", str(processes), *["--multi_gpu"] * (processes > 1)]
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, "train_dapo.py", "--config",
-         "config.yaml", f"run_dir={run_dir}", *overrides], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [*LAUNCH, *options, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
+         *overrides], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train_in_two_processes(run_dir, *overrides):

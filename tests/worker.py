@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin,
-                              gather_object)
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
