@@ -46,8 +46,8 @@ from sampling import (check_underfilled, describe_filter, draw_prompts, keep_gro
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> None:
-    """DAPO's Algorithm 1, from the step after those of `progress`, which it updates, to the last, or
-    to a signal. Raises ValueError or OSError if it cannot continue."""
+    """DAPO's Algorithm 1, from the step after those of `progress`, which it updates, to the last,
+    or to a signal. Raises ValueError or OSError if it cannot continue."""
     config, done = state.config, progress.counters["step"]
     size, limit = config.data.train_batch_size, config.filter_groups.max_num_gen_batches or math.inf
     steps = tqdm(range(done + 1, config.total_training_steps + 1), "DAPO", initial=done,
