@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,18 +95,19 @@ def metrics_so_far(run_dir: Path) -> list[dict]:
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
     """Lock the run's directory for the life of the process. Raises OSError if another run has it,
     or if this machine sees another directory than the main process."""
-    run_dir = Path(config.run_dir)
+    run_dir, mark = Path(config.run_dir), broadcast_object_list([uuid.uuid4().hex])[0]
     lock = FileLock(run_dir / ".lock")
     with raise_on_all_ranks("run_dir"):
         if accelerator.is_main_process:
             run_dir.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
+                (run_dir / ".lock").write_text(mark)
             except Timeout:
                 raise OSError(f"another run is writing into {run_dir}; wait for it, stop it, or "
                               "name another") from None
     with raise_on_all_ranks("run_dir"):
-        if not (run_dir / ".lock").exists():
+        if not (run_dir / ".lock").exists() or (run_dir / ".lock").read_text() != mark:
             raise OSError(f"{run_dir} is not the same directory on all machines: name one on a "
                           "file system that they share")
         check_run_dir(config)  # again, now that no other run writes there

@@ -1,6 +1,7 @@
 """A run that is stopped, killed or damaged resumes as if nothing had happened, or says why not."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,11 +17,11 @@ from conftest import TINY
 from filelock import FileLock
 
 import infra.checkpoint
+from data_types import Prompt
 from infra.checkpoint import find_checkpoint, list_checkpoints
 from infra.config import load_config
-from data_types import Prompt
 from infra.distributed import stop_on_signal
-from sampling import draw_prompts
+from sampling import prompt_at
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from kill_resume import kill_and_resume, run_differences
@@ -304,7 +305,7 @@ def test_saving_before_anything_was_learned_changes_nothing(start, tmp_path):
     rows = []
     for i, line in enumerate((ROOT / "toy/train.jsonl").read_text().splitlines()):
         rows.append(Prompt(i, "", [], "", json.loads(line)))
-    first = [prompt.row["prompt"] for prompt in draw_prompts(rows, 0, 6, seed=0)]
+    first = [prompt_at(rows, position, seed=0).row["prompt"] for position in range(6)]
     (tmp_path / "reward.py").write_text(
         "def score(response, ground_truth, prompt, **row):\n"
         f"    return float(prompt not in {first!r} and len(response) % 2)\n")
@@ -510,3 +511,44 @@ def test_kill_9_of_a_branch_before_its_first_checkpoint_changes_nothing(tmp_path
     assert not list((tmp_path / "killed").glob("checkpoints/step_*"))
     run(f"run_dir={tmp_path / 'killed'}", *branch)
     assert run_differences(tmp_path / "straight", tmp_path / "killed") == []
+
+
+# ---- what is on the disk ----
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(start, monkeypatch):
+    """Its files, their directory, then the name, then the directory that has the name."""
+    events, original, paths = [], os.fsync, {}
+
+    def opened(path, flags, *args):
+        descriptor = os_open(path, flags, *args)
+        paths[descriptor] = Path(path)
+        return descriptor
+
+    def fsync(descriptor):
+        events.append(("flushed", paths.get(descriptor)))
+        original(descriptor)
+
+    def rename(self, target):
+        events.append(("renamed", self))
+        return path_rename(self, target)
+    os_open, path_rename = os.open, Path.rename
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    run_dir = start("val.file=", "total_training_steps=1", "save_every=1")
+    (path,) = list_checkpoints(run_dir)
+    partial = path.with_name(f".{path.name}.partial")
+    place = events.index(("renamed", partial))
+    flushed = {file for event, file in events[:place] if event == "flushed"}
+    assert {partial / file.name for file in path.iterdir()} | {partial} <= flushed
+    assert events[place + 1] == ("flushed", path.parent)
+
+
+def test_curves_are_drawn_at_the_end_of_a_run_and_not_of_a_stopped_one(start, monkeypatch):
+    monkeypatch.setattr(Accelerator, "check_trigger", lambda self: True)
+    run_dir = start("val.file=", "total_training_steps=2")
+    assert list_checkpoints(run_dir) and not (run_dir / "curves.png").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    start("val.file=", "total_training_steps=2")
+    assert (run_dir / "curves.png").exists()

@@ -344,7 +344,8 @@ def test_two_hosts_do_what_one_process_does_and_resume(one_process, two_hosts, t
 def test_hosts_that_see_different_directories_are_refused_in_one_line(two_hosts, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    outputs = on_both(two_hosts, f"mount -t tmpfs none {disk}; if $LAUNCH train_dapo.py "
+    outputs = on_both(two_hosts, f"mount -t tmpfs none {disk}; mkdir {disk}/run; "
+                      f"echo earlier > {disk}/run/.lock; if $LAUNCH train_dapo.py "
                       f"--config config.yaml run_dir={disk}/run; then exit 9; fi")
     for output in outputs:
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]

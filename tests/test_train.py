@@ -690,6 +690,15 @@ def test_at_the_limit_it_can_stop_the_run(make_state, train_steps, fake_rollouts
         train_steps(state, prompts)
 
 
+def test_the_step_that_ends_a_run_is_logged_first(start, fake_rollouts, tmp_path):
+    fake_rollouts(only_correct_at(lambda position: position < 6))
+    with pytest.raises(SystemExit, match="step 2 kept 0 of 6 groups"):
+        start("val.file=", "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=error")
+    run_dir = tmp_path / "run"
+    assert [row["step"] for row in read_rows(run_dir)] == [1, 2]
+    assert read_rollouts(run_dir, 2)[0]["dropped"] == "all wrong"
+
+
 def test_nothing_kept_skips_the_step_a_bounded_number_of_times(make_state, train_steps,
                                                                fake_rollouts, monkeypatch):
     state, prompts = make_state("total_training_steps=9", "filter_groups.max_num_gen_batches=1",
