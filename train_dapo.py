@@ -26,8 +26,8 @@ from tqdm import tqdm
 from data_types import Data, Group, Progress, Sample, SamplingParams, Stat, TrainState, Update
 from evaluate import validate
 from infra.batching import make_batch, micro_batches
-from infra.checkpoint import (check_run_dir, list_checkpoints, lock_run_dir, prepare_run_dir,
-                              resume, save_after_failure, save_results)
+from infra.checkpoint import (check_run_dir, end_after_failure, list_checkpoints, lock_run_dir,
+                              prepare_run_dir, resume, save_results)
 from infra.config import one_line_errors, read_command_line
 from infra.distributed import end_processes, is_sharded, raise_on_all_ranks, stop_on_signal
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, compute_logprobs,
@@ -262,10 +262,8 @@ def main() -> None:
         if accelerator.is_main_process:
             print_report(config, progress, time.perf_counter() - start)
         end_processes(accelerator, state.engine)
-    except SystemExit as error:  # a ValueError or OSError, by one_line_errors
-        message = f"{error}{save_after_failure(state, error)}"
-        state.engine.close()
-        raise SystemExit(message) from None
+    except (Exception, SystemExit) as error:  # of any kind: the policy is not lost with it
+        end_after_failure(state, error)
     except KeyboardInterrupt:  # the second Ctrl-C; the first ends the run after its step
         saved = [f"resumes from {path}" for path in list_checkpoints(config.run_dir)]
         raise SystemExit("interrupted; the same command "

@@ -18,11 +18,14 @@ import json
 import os
 import shutil
 import sys
+import traceback
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -229,27 +232,35 @@ def save_model(state: TrainState, name: str) -> None:
                 replace_dir(tmp_path, run_dir / name.replace("model", "adapter"))
 
 
-def save_after_failure(state: TrainState, failure: SystemExit) -> str:
-    """Save the policy if it was trained; returns what to add to the error message.
+def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
+    """Save the policy if it was trained, and end the run: with one line if `failure` is a
+    SystemExit of `one_line_errors`; else, a bug or an error of a library, with its traceback.
 
-    If one of several ranks has run out of memory, it ends here and now, with that message: the
-    others wait for it, and nothing can be saved together. The launcher stops them.
+    If one of several ranks has an error that the others do not know of, it ends here and now: they
+    wait for it, and nothing can be saved together. The launcher stops them.
     """
+    accelerator, one_line = state.accelerator, isinstance(failure, SystemExit)
+    message = str(failure) if one_line else f"error: {failure!r}"
     saved = "".join(f". {path} is intact: the same command resumes from it"
                     for path in list_checkpoints(state.config.run_dir)[:1])
-    if isinstance(failure.__cause__.__cause__, torch.OutOfMemoryError) and (
-            state.accelerator.num_processes > 1):
-        print(f"{failure} (rank {state.accelerator.process_index}){saved}", file=sys.stderr,
-              flush=True)
+    alone = not one_line or isinstance(failure.__cause__.__cause__, torch.OutOfMemoryError)
+    if alone and accelerator.num_processes > 1:
+        if not one_line:
+            traceback.print_exception(failure)
+        print(f"{message} (rank {accelerator.process_index}){saved}", file=sys.stderr, flush=True)
         os._exit(1)
-    if not state.optimizer.state:
-        return saved
-    try:
-        with out_of_memory("sync"):
-            save_model(state, "last_good_model")
-    except (OSError, ValueError) as error:
-        return f". The policy is lost: {error}{saved}"
-    return f". The policy as it was is in {state.config.run_dir}/last_good_model{saved}"
+    if state.optimizer.state:
+        try:
+            with out_of_memory("sync"):
+                save_model(state, "last_good_model")
+            message += f". The policy as it was is in {state.config.run_dir}/last_good_model"
+        except (OSError, ValueError) as error:
+            message += f". The policy is lost: {error}"
+    with suppress(Exception):  # it may be what has failed
+        state.engine.close()
+    if not one_line:
+        traceback.print_exception(failure)
+    raise SystemExit(message + saved) from None
 
 
 def save_results(state: TrainState, progress: Progress, checkpoint: bool) -> None:

@@ -106,6 +106,8 @@ def read_given(path: str | Path, overrides: Sequence[str]) -> dict[str, tuple[st
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"command line: {override!r} is not of the form key.sub=value")
+        if key == "data.prompt_template":  # a shell leaves \n as it is
+            text = text.replace(r"\n", "\n")
         given[key] = ("command line", text)
     return given
 
@@ -188,7 +190,7 @@ def parse_value(location: str, text: str, type: str) -> bool | int | float | str
     for option in type.split(" | "):
         kind, *bounds = option.split()
         if kind == "str" or text == option:
-            return text
+            return os.path.expanduser(text) if text.startswith("~/") else text
         if kind == "bool" and text.lower() in ("true", "false"):
             return text.lower() == "true"
         try:

@@ -128,7 +128,8 @@ def read_answer(location: str, row: dict, data: SimpleNamespace) -> str:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise column_error(location, row, data, "answer_key", "text or number")
     if isinstance(answer, float):
-        answer = f"{Decimal(repr(answer)):f}"  # as answers are written: 1e-5 is 0.00001
+        # As answers are written: 0.00001, not 1e-5; 72, which a column with a gap makes 72.0.
+        answer = int(answer) if answer.is_integer() else f"{Decimal(repr(answer)):f}"
     if not data.answer_regex:
         return str(answer)
     match = re.search(data.answer_regex, str(answer))

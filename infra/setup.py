@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from tqdm import tqdm
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
-                          AutoTokenizer)
+                          AutoTokenizer, GenerationConfig)
 from transformers.utils import is_flash_attn_2_available
 
 import infra
@@ -175,6 +176,9 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
             setattr(model_config, name, 0.0)
     longest = config.data.max_prompt_length + config.data.max_response_length
     positions = getattr(model_config, "max_position_embeddings", longest)
+    rope = getattr(model_config, "rope_parameters", None) or {}  # scaled ones reach further
+    unscaled = rope.get("original_max_position_embeddings", positions)
+    positions = max(positions, int(rope.get("factor", 1) * unscaled))
     if longest > positions:
         raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
                          f"but {path} has {positions} positions")
@@ -184,6 +188,7 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     if report["missing_keys"]:
         raise ValueError(f"model.path: {path} lacks {len(report['missing_keys'])} weights of "
                          f"{type(model).__name__}, {min(report['missing_keys'])} among them")
+    repair_generation_config(model)
     if renamed:  # save_pretrained would try to undo it
         model._weight_conversions = None
     if (config.model.attn_implementation == "auto" and compute_dtype(config) != "float32"
@@ -192,6 +197,22 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
         model.set_attn_implementation("flash_attention_2")
     enable_packing(model)
     return model
+
+
+def repair_generation_config(model: torch.nn.Module) -> None:
+    """Drop the defaults of sampling, which a run has its own for, if transformers would refuse to
+    save them with the trained policy (`do_sample: false` beside a temperature, say)."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        found = model.generation_config.to_diff_dict()
+        ids = {name: value for name, value in found.items() if name.endswith("token_id")}
+        model.generation_config = GenerationConfig(**ids)
+        dropped = ", ".join(sorted(found.keys() - ids.keys() - {"transformers_version"}))
+        if os.environ.get("RANK", "0") == "0":
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            tqdm.write(f"warning: generation_config.json cannot be saved ({reason}): a run has its "
+                       f"own sampling, and drops {dropped}")
 
 
 def describe_model(model: torch.nn.Module) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 import infra.setup as infra_setup
 import train_dapo
+from infra.config import load_config
+from infra.setup import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -213,3 +215,45 @@ def test_a_failure_in_the_middle_keeps_what_there_is(start, tmp_path, monkeypatc
         start(write_reward(tmp_path, body), "total_training_steps=3")
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) in (2, 3)
     assert (tmp_path / "run/last_good_model/model.safetensors").exists()
+
+
+# ---- what checkpoints bring ----
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of the embedded model's directory, to be edited."""
+    return Path(shutil.copytree("toy/base", tmp_path / "base"))
+
+
+@pytest.mark.parametrize("settings", [
+    {"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": False, "min_p": 0.1},
+    {"num_beams": 1, "early_stopping": True}, {"do_sample": False, "top_k": 20}], ids=str)
+def test_a_generation_config_that_cannot_be_saved_is_repaired_at_the_start(start, base, capsys,
+                                                                          settings):
+    """Its tokens that end a response stay; the trained policy and checkpoints are saved."""
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [0, 3], **settings}))
+    options = [f"model.path={base}", "val.file=", "save_every=1"]
+    run_dir = start(*options, "total_training_steps=1")
+    out = capsys.readouterr().out
+    assert "generation_config.json cannot be saved" in out
+    assert "drops " in out and all(name in out for name in settings if settings[name])
+    saved = json.loads((run_dir / "model/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [0, 3] and not settings.keys() & saved.keys()
+    start(*options, "total_training_steps=2")  # nor does a resumed run fail there
+
+
+@pytest.mark.parametrize("scaling, reach", [
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+    ({"rope_type": "linear", "factor": 4.0}, 1024), ({"type": "yarn", "factor": 2.0}, 512),
+    ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16,
+      "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 256)], ids=str)
+def test_a_model_with_scaled_positions_reaches_as_far_as_they_do(base, scaling, reach):
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_scaling": scaling, "rope_theta": 10000.0, "max_position_embeddings": 256}
+    (base / "config.json").write_text(json.dumps(config))
+    options = [f"model.path={base}", "data.max_prompt_length=64"]
+    load_model(load_config("config.yaml", [*options, f"data.max_response_length={reach - 64}"]))
+    with pytest.raises(ValueError, match=f"= {reach + 1} tokens, but .* has {reach} positions"):
+        load_model(load_config("config.yaml", [*options, f"data.max_response_length={reach - 63}"]))

@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import TINY
 from filelock import FileLock
+from transformers import AutoModelForCausalLM
 
 import infra.checkpoint
+import train_dapo
 from data_types import Prompt
 from infra.checkpoint import find_checkpoint, list_checkpoints
 from infra.config import load_config
@@ -552,3 +555,46 @@ def test_curves_are_drawn_at_the_end_of_a_run_and_not_of_a_stopped_one(start, mo
     monkeypatch.chdir(ROOT)
     start("val.file=", "total_training_steps=2")
     assert (run_dir / "curves.png").exists()
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+PHASES = ["generate", "score_responses", "make_groups", "compute_advantages", "add_logprobs",
+          "update_policy", "sync_weights", "step_metrics", "write_step", "save_results"]
+ERRORS = [KeyError("x"), IndexError("index out of range"), TypeError("t"), RuntimeError("CUDA error"),
+          AssertionError(), MemoryError(), ZeroDivisionError("z"), NotImplementedError(),
+          AttributeError("a"), StopIteration(), OSError("no space"), ValueError("v"),
+          torch.OutOfMemoryError("CUDA out of memory")]
+
+
+def keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error):
+    original, run_dir = getattr(train_dapo, phase), tmp_path / "run"
+
+    def broken(*args, **kwargs):
+        if (run_dir / "metrics.jsonl").exists():  # in the second step
+            raise error
+        return original(*args, **kwargs)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dapo, phase, broken)
+        with pytest.raises(SystemExit, match="^error: .*last_good_model"):
+            start("val.file=", "save_every=0", "total_training_steps=2")
+    own = not isinstance(error, (OSError, ValueError, torch.OutOfMemoryError))
+    assert (f"in {broken.__name__}" in capsys.readouterr().err) == own  # where a bug is, matters
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "last_good_model")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "toy/base")
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+
+
+@pytest.mark.parametrize("phase, error", list(zip(PHASES, ERRORS, strict=False)),
+                         ids=lambda value: value if isinstance(value, str) else repr(value))
+def test_an_error_of_any_kind_leaves_the_policy_and_one_last_line(
+        start, monkeypatch, capsys, tmp_path, phase, error):
+    keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_no_error_in_any_phase_loses_the_policy(start, monkeypatch, capsys, tmp_path, error):
+    for phase in PHASES:
+        keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error)

@@ -156,6 +156,14 @@ def test_a_section_without_keys_changes_nothing(tmp_path):
     assert load_config(tmp_path / "recipe.yaml").seed == 3
 
 
+def test_a_line_break_and_a_home_directory_on_the_command_line_are_what_people_mean(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("config.yaml", [r"data.prompt_template={prompt}\n\nAnswer: ",
+                                         "run_dir=~/runs/a", r"data.answer_regex=a\n(.)"])
+    assert config.data.prompt_template == "{prompt}\n\nAnswer: "
+    assert config.run_dir == "/home/me/runs/a" and config.data.answer_regex == r"a\n(.)"
+
+
 def test_scientific_notation_without_a_point_is_a_number():
     assert (
         load_config("config.yaml", ["actor.lr=1e-6"]).actor.lr == 1e-6

@@ -438,7 +438,7 @@ def test_numbers_are_answers_as_they_are_written(path, tokenizer):
         path,
         *(
             {"prompt": f"a{i}", "answer": answer}
-            for i, answer in enumerate((7, 7.5, 1e22, 1e-5, "1e5"))
+            for i, answer in enumerate((7, 7.5, 1e22, 1e-5, "1e5", 72.0))
         ),
     )
     assert [p.answer for p in load_prompts(str(path), tokenizer, how())[0]] == [
@@ -447,6 +447,7 @@ def test_numbers_are_answers_as_they_are_written(path, tokenizer):
         "1" + "0" * 22,
         "0.00001",
         "1e5",
+        "72",
     ]
 
 
