@@ -74,11 +74,14 @@ def model():
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """`start("key=value", ...)` trains as the command line would, with a tiny batch; returns the
-    directory of the run."""
+    directory of the run. `curves`: draw curves.png, which takes longer than most of these runs."""
+    import plot
     import train_dapo
 
-    def start(*overrides: str, config: str = "config.yaml") -> Path:
+    def start(*overrides: str, config: str = "config.yaml", curves: bool = False) -> Path:
         run_dir = tmp_path / "run"
+        drawn = plot.plot_runs if curves else lambda *_: None
+        monkeypatch.setattr(train_dapo, "plot_runs", drawn)
         monkeypatch.setattr(sys, "argv", ["train_dapo.py", "--config", config,
                                           f"run_dir={run_dir}", *TINY, *overrides])
         train_dapo.main()
@@ -152,15 +155,14 @@ def train_steps(monkeypatch):
 def fake_rollouts(monkeypatch):
     """`fake_rollouts(score)` replaces what costs time, generating: the responses to the prompt at
     position i of the stream get the scores `scores(i)`, numbers (accuracies) or Scores. Returns the
-    positions of each generation batch, as they come. Response i has 3 + i tokens."""
-    import rollout
+    positions of each generation batch, as they come. Response i has 3 + i tokens. The check of the
+    weights before the first step is left out: these responses are not the policy's."""
     import train_dapo
     batches = []
+    monkeypatch.setattr(train_dapo, "check_weight_sync", lambda *_: None)
 
     def fake_rollouts(scores, finish_reason: str = "stop") -> list[list[int]]:
         def generate(state, prompts, params, stream, description):
-            if stream == "weight sync":
-                return rollout.generate(state, prompts, params, stream, description)
             batches.append([prompt.position for prompt in prompts])
             return [[make_response(3 + i, finish_reason) for i in range(params.n)] for _ in prompts]
 

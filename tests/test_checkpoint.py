@@ -147,8 +147,7 @@ def test_a_stopped_run_saves_and_says_how_to_resume(start, monkeypatch, capsys, 
     assert names(run_dir) == ["step_00001"] and not (run_dir / "model").exists()
     assert command[:2] == ["python", "train_dapo.py"]
     assert command[-1] == "resume=auto" and set(overrides) < set(command)
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Accelerator, "check_trigger", lambda self: False)
     assert run_differences(start(*overrides), uninterrupted) == []
 
 
@@ -195,8 +194,7 @@ def test_the_last_checkpoint_comes_after_the_model(start, uninterrupted, saved, 
     with pytest.raises(SystemExit, match="interrupted; the same command resumes from "
                                          ".*step_00002"):
         start(*SAVED, "total_training_steps=3")
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Accelerator, "check_trigger", lambda self: False)
     start(*SAVED, "total_training_steps=3")
     assert run_differences(saved, uninterrupted) == []
 
@@ -549,11 +547,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(start, monkeypatch):
 
 def test_curves_are_drawn_at_the_end_of_a_run_and_not_of_a_stopped_one(start, monkeypatch):
     monkeypatch.setattr(Accelerator, "check_trigger", lambda self: True)
-    run_dir = start("val.file=", "total_training_steps=2")
+    run_dir = start("val.file=", "total_training_steps=2", curves=True)
     assert list_checkpoints(run_dir) and not (run_dir / "curves.png").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    start("val.file=", "total_training_steps=2")
+    monkeypatch.setattr(Accelerator, "check_trigger", lambda self: False)
+    start("val.file=", "total_training_steps=2", curves=True)
     assert (run_dir / "curves.png").exists()
 
 

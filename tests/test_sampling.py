@@ -11,7 +11,7 @@ from conftest import make_group, make_response, make_score
 from data_types import Group, Prompt, Score
 from infra.rng import make_rng
 from sampling import (draw_prompts, generation_batch_size, is_informative, keep_group, make_groups,
-                      prompt_at, select_groups, underfilled_message)
+                      prompt_at, select_groups, underfilled_message, update_counters)
 
 PROMPTS = [Prompt(i, f"p{i}", [i], str(i), {}) for i in range(10)]
 
@@ -136,6 +136,20 @@ def test_with_too_few_groups_the_config_says_whether_they_are_trained(at_limit, 
     config.filter_groups.at_limit = at_limit
     assert len(select_groups(kept[:2], config)) == count
     assert select_groups(kept, config) == kept
+
+
+# ---- after a step ----
+
+def test_counters_by_hand_and_those_before_stay_as_they_were():
+    groups = [make_group(position, PROMPTS[0], [1, 0]) for position in range(20, 28)]
+    record = SimpleNamespace(step=3, generated=groups, grad_norms=[0.5, 0.5])
+    before = {"step": 2, "optimizer_steps": 5, "prompts_drawn": 20, "consecutive_skips": 1,
+              "ema_groups_kept": 3.0, "ema_groups_generated": 16.0}
+    after = {"step": 3, "optimizer_steps": 7, "prompts_drawn": 28, "consecutive_skips": 0,
+             "ema_groups_kept": 4.0, "ema_groups_generated": 12.0}
+    assert update_counters(before, record, kept=5, trained=4) == after
+    skipped = update_counters(before, record, kept=5, trained=0)
+    assert skipped == after | {"consecutive_skips": 2} and before["consecutive_skips"] == 1
 
 
 # ---- why a step has too few groups ----

@@ -25,7 +25,7 @@ from infra.metrics import StepRecord, actor_metrics
 from infra.packing import packing_kind
 from infra.setup import load_model
 from losses import aggregate, group_advantages, policy_loss
-from rollout import generate
+from rollout import generate, transformers_engine
 from sampling import make_groups, prompt_at
 from train_dapo import (apply_kl_penalty, compute_advantages, compute_loss, make_samples,
                         update_policy)
@@ -197,6 +197,13 @@ def test_a_statistic_that_the_loss_returns_is_logged_by_itself(make_state, train
     late_mean = sum(max(0, n - 10) * a for n, a in trained) / late
     assert metrics["actor/late"] == pytest.approx(late_mean)
     assert "actor/ratio" not in metrics and "actor/clip_frac_high" in metrics
+
+
+def test_no_statistic_of_an_update_keeps_its_graph_in_memory(make_state):
+    state, prompts = make_state("actor.use_kl_loss=true", "actor.entropy_coeff=0.01", double=True)
+    update = update_policy(state, make_mini_batch(state, prompts), step=1)
+    stats = [stat for _, _, stats in update.micro_batches for stat in stats.values()]
+    assert stats and not any(stat.values.requires_grad for stat in stats)
 
 
 # ---- advantages ----
@@ -690,13 +697,22 @@ def test_at_the_limit_it_can_stop_the_run(make_state, train_steps, fake_rollouts
         train_steps(state, prompts)
 
 
-def test_the_step_that_ends_a_run_is_logged_first(start, fake_rollouts, tmp_path):
-    fake_rollouts(only_correct_at(lambda position: position < 6))
-    with pytest.raises(SystemExit, match="step 2 kept 0 of 6 groups"):
-        start("val.file=", "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=error")
-    run_dir = tmp_path / "run"
-    assert [row["step"] for row in read_rows(run_dir)] == [1, 2]
-    assert read_rollouts(run_dir, 2)[0]["dropped"] == "all wrong"
+@pytest.mark.parametrize("override, right, message, steps", [
+    ("filter_groups.at_limit=error", 0, "step 1 kept 0 of 6 groups", [1]),
+    ("filter_groups.max_skipped_steps=1", 0, "2 steps in a row were skipped", [1, 2]),
+    ("val.n=1", 1, "step 1: the log-probs of sampler and trainer differ by", [1])])
+def test_a_step_that_ends_the_run_is_logged_first(
+        start, fake_rollouts, tmp_path, monkeypatch, override, right, message, steps):
+    """The engine is said to have weights of its own, and its log-probs of 0 are none of the
+    policy's."""
+    def engine(*args, **options):
+        return replace(transformers_engine(*args, **options), has_own_weights=True)
+    monkeypatch.setattr(train_dapo, "transformers_engine", engine)
+    fake_rollouts(only_correct_at(lambda position: right))
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        start("filter_groups.max_num_gen_batches=1", "val.file=", "total_training_steps=3", override)
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == steps
+    assert all(read_rollouts(tmp_path / "run", step) for step in steps)
 
 
 def test_nothing_kept_skips_the_step_a_bounded_number_of_times(make_state, train_steps,
@@ -755,7 +771,7 @@ def test_the_phases_add_up_to_the_time_of_a_step(make_state, monkeypatch, train_
 # ---- a whole run ----
 
 def test_a_run_leaves_everything_that_it_promises(start, capsys):
-    run_dir = start("save_rollouts=1", "val.every=1")
+    run_dir = start("save_rollouts=1", "val.every=1", curves=True)
     out = capsys.readouterr().out
     for expected in ("before", "after", "avg@2", "level 9", f"{run_dir} has curves.png"):
         assert expected in out
