@@ -54,10 +54,10 @@ def check_run_dir(config: SimpleNamespace) -> None:
     unused = next(name for i in range(2, 10**6)
                   if not Path(name := f"{config.run_dir}-{i}").exists())
     hint = f"name another, for instance run_dir={unused}"
-    for origin in (named, None if checkpoints else recorded):
-        if origin and not (origin / "progress.json").exists():
-            raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
-                             f"{hint}")
+    origin, needed = named or recorded, not checkpoints or named not in (None, recorded)
+    if origin and needed and not (origin / "progress.json").exists():
+        raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
+                         f"{hint}")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
     sources = checkpoints or [path for path in (named or recorded,) if path]
