@@ -194,7 +194,8 @@ def test_the_last_checkpoint_comes_after_the_model(start, uninterrupted, saved, 
     with pytest.raises(SystemExit, match="interrupted; the same command resumes from "
                                          ".*step_00002"):
         start(*SAVED, "total_training_steps=3")
-    monkeypatch.setattr(Accelerator, "check_trigger", lambda self: False)
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
     start(*SAVED, "total_training_steps=3")
     assert run_differences(saved, uninterrupted) == []
 
