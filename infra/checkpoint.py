@@ -234,16 +234,18 @@ def save_model(state: TrainState, name: str) -> None:
 
 def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
     """Save the policy if it was trained, and end the run: with one line if `failure` is a
-    SystemExit of `one_line_errors`; else, a bug or an error of a library, with its traceback.
+    SystemExit of `one_line_errors`, which has a cause; else, a bug or an error of a library, with
+    its traceback.
 
     If one of several ranks has an error that the others do not know of, it ends here and now: they
     wait for it, and nothing can be saved together. The launcher stops them.
     """
-    accelerator, one_line = state.accelerator, isinstance(failure, SystemExit)
+    accelerator, cause = state.accelerator, failure.__cause__
+    one_line = isinstance(failure, SystemExit) and cause is not None
     message = str(failure) if one_line else f"error: {failure!r}"
     saved = "".join(f". {path} is intact: the same command resumes from it"
                     for path in list_checkpoints(state.config.run_dir)[:1])
-    alone = not one_line or isinstance(failure.__cause__.__cause__, torch.OutOfMemoryError)
+    alone = not one_line or isinstance(cause.__cause__, torch.OutOfMemoryError)
     if alone and accelerator.num_processes > 1:
         if not one_line:
             traceback.print_exception(failure)
@@ -254,7 +256,7 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
             with out_of_memory("sync"):
                 save_model(state, "last_good_model")
             message += f". The policy as it was is in {state.config.run_dir}/last_good_model"
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a GPU that has failed fails here too
             message += f". The policy is lost: {error}"
     with suppress(Exception):  # it may be what has failed
         state.engine.close()

@@ -34,7 +34,7 @@ class StepRecord:
         self.step, self.start = step, time.perf_counter()
         self.num_saved = config.save_rollouts if config.save_token_stats else 0
         self.seconds, self.trained_tokens = Counter(), 0
-        self.generated, self.groups, self.advantages = [], [], None  # in the stream's order
+        self.generated, self.groups, self.advantages = [], [], None  # in the prompts' order
         self.gen_batches, self.grad_norms, self.skipped_updates = 0, [], 0
         self.sums, self.counts, self.maxima = {}, {}, {}
         self.token_stats = {}  # by a sample's key

@@ -559,10 +559,10 @@ def test_curves_are_drawn_at_the_end_of_a_run_and_not_of_a_stopped_one(start, mo
 
 PHASES = ["generate", "score_responses", "make_groups", "compute_advantages", "add_logprobs",
           "update_policy", "sync_weights", "step_metrics", "write_step", "save_results"]
-ERRORS = [KeyError("x"), IndexError("index out of range"), TypeError("t"), RuntimeError("CUDA error"),
-          AssertionError(), MemoryError(), ZeroDivisionError("z"), NotImplementedError(),
-          AttributeError("a"), StopIteration(), OSError("no space"), ValueError("v"),
-          torch.OutOfMemoryError("CUDA out of memory")]
+ERRORS = [SystemExit("of a library"), KeyError("x"), IndexError("index out of range"),
+          TypeError("t"), RuntimeError("CUDA error"), AssertionError(), MemoryError(),
+          ZeroDivisionError("z"), NotImplementedError(), AttributeError("a"), StopIteration(),
+          OSError("no space"), ValueError("v"), torch.OutOfMemoryError("CUDA out of memory")]
 
 
 def keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error):
@@ -590,6 +590,15 @@ def keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error):
 def test_an_error_of_any_kind_leaves_the_policy_and_one_last_line(
         start, monkeypatch, capsys, tmp_path, phase, error):
     keeps_the_policy(start, monkeypatch, capsys, tmp_path, phase, error)
+
+
+def test_a_policy_that_cannot_be_saved_is_said_to_be_lost_in_the_last_line(start, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("CUDA error")
+    monkeypatch.setattr(infra.checkpoint, "save_model", fails)
+    with pytest.raises(SystemExit, match=r"^error: RuntimeError\('CUDA error'\)\. The policy is "
+                                         r"lost: CUDA error$"):
+        start("val.file=", "save_every=0", "total_training_steps=1")
 
 
 @pytest.mark.slow
