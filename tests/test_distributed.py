@@ -226,6 +226,8 @@ def assert_alike(one, other):
         apart = np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"])
         assert clear.mean() > 0.5 and apart[clear].max() < 1e-5 and apart.max() < 1e-4
         assert np.abs(one[f"{mode}/merged"] - other[f"{mode}/merged"]).max() < 1e-4
+        for results in (one, other):  # the fused head, and nothing else
+            assert results[f"{mode}/head_paths"].tolist() == [True, False], mode
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
+import infra.logprobs  # noqa: E402
 import infra.setup  # noqa: E402
 import train_dapo  # noqa: E402
 from data_types import Progress, Sample  # noqa: E402
@@ -128,7 +130,11 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
         generate = uneven(state.engine.generate, accelerator.process_index,
                           accelerator.num_processes)
         state = replace(state, engine=replace(state.engine, generate=generate))
-    results = train(state, data, steps=2)
+    paths = ("fused_linear_logprobs", "token_logprobs")  # in chunks, or from whole logits
+    with mock.patch.multiple(infra.logprobs, **{
+            name: mock.Mock(wraps=getattr(infra.logprobs, name)) for name in paths}):
+        results = train(state, data, steps=2)
+        used = [getattr(infra.logprobs, name).call_count > 0 for name in paths]
     results.pop("progress")
     policy = accelerator.unwrap_model(state.policy)
     sharded = (all(isinstance(p, DTensor) for p in policy.parameters()) and accelerator.is_fsdp2
@@ -136,7 +142,7 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
                and packing_kind(state.policy) == "varlen")
     merged = merged_weights(policy)
     return {**results, "gradients": np.stack(gradients), "weights": policy_weights(state),
-            "merged": merged, "sharded": sharded,
+            "merged": merged, "sharded": sharded, "head_paths": used,
             "synced": np.array_equal(merged, merged_weights(rollout_model))}
 
 
