@@ -17,6 +17,9 @@ from infra.distributed import map_over_ranks, warn
 from infra.reward_function import BUILT_IN
 from infra.reward_pool import IN_TRAINER, Scorer
 from infra.tokens import stop_token_ids
+from reward import last_boxed
+
+FORMS = ("Answer: {}", r"\boxed{{{}}}", "<answer>{}</answer>")  # that reward functions read
 
 
 def check_start(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
@@ -84,21 +87,25 @@ def check_stop_tokens(config: SimpleNamespace, tokenizer, stop_ids: Sequence[int
 
 def check_references(config: SimpleNamespace, accelerator: Accelerator, scorer: Scorer,
                      prompts: Sequence[Prompt]) -> Iterator[str]:
-    """Whether a response that gives the reference answer is right, for each of the references, or
-    some of them if the reward function is slow. One of the user's own may read another form: then
-    one reference that is right is enough."""
+    """Whether a response that gives the reference answer is right, and one that gives the result of
+    a reference that is a whole solution: for each of the references, or some if the reward function
+    is slow. One of the user's own may read another form: then one that is right is enough."""
     names = split_list(config.reward.name)
-    limit = None if set(names) <= set(IN_TRAINER) else 200 if set(names) <= set(BUILT_IN) else 4
+    limit = (10_000 if set(names) <= set(IN_TRAINER) else 200 if set(names) <= set(BUILT_IN)
+             else 4)
     some = list({prompt.answer: prompt for prompt in prompts if prompt.answer}.values())[:limit]
     tasks = []
     for prompt in some:
-        forms = [form.format(prompt.answer)
-                 for form in ("Answer: {}", r"\boxed{{{}}}", "<answer>{}</answer>")]
-        tasks.append(Task(forms, [1] * len(forms), prompt.answer, prompt.row))
-    scores = map_over_ranks(accelerator, scorer, tasks, "references")
-    judged = [(prompt.answer, max(score.acc for score in group))
-              for prompt, group in zip(some, scores, strict=True)
-              if all(score.acc is not None and score.status == "ok" for score in group)]
+        answer = prompt.answer
+        result = answer.rpartition("####")[2] if "####" in answer else last_boxed(answer)
+        forms = [form.format(text) for text in (result or answer, answer) for form in FORMS]
+        tasks.append(Task(forms, [1] * len(forms), answer, prompt.row))
+    judged = []
+    for task, scores in zip(tasks, map_over_ranks(accelerator, scorer, tasks, "references"),
+                            strict=True):
+        if all(score.acc is not None and score.status == "ok" for score in scores):
+            accs = [score.acc for score in scores]
+            judged.append((task.ground_truth, min(max(accs[:len(FORMS)]), max(accs[len(FORMS):]))))
     wrong = [answer for answer, acc in judged if acc < 1]
     if not wrong or (names[0] not in BUILT_IN and len(wrong) < len(judged)):
         return
