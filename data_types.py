@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from numpy import ndarray
-    from torch import Tensor
+    from torch import Tensor, dtype
     from torch.nn import Module
     from torch.optim import Optimizer
     from transformers import PreTrainedTokenizerBase
@@ -171,6 +171,7 @@ class TrainState:
     reference: Module | None  # the initial policy; None if no KL term is on
     optimizer: Optimizer
     scorer: Callable[[list[Task]], list[list[Score]]]
+    save_dtype: dtype         # of the exported weights
 
 
 COUNTERS = ("step", "optimizer_steps", "prompts_drawn", "consecutive_skips", "ema_groups_kept",

@@ -74,8 +74,8 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
     Each prompt is run through the model once for its n responses, of which at most `max_num_seqs`
     are decoded at a time; `autocast` makes the context that the model computes in.
     """
-    training, n = model.training, params.n
-    model.eval()  # gradient checkpointing, which needs training mode, would drop the cache
+    n, checkpointing = params.n, [module for module in model.modules() if module.training]
+    model.eval()  # layers with gradient checkpointing would drop the cache
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
     chunk = max(1, max_num_seqs // n)
     groups = []
@@ -88,7 +88,8 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
             rows = decode(model, prompts[start:start + chunk],
                           torch.from_numpy(np.stack(uniforms)).to(model.device), params, stop_ids)
         groups += make_responses(tokenizer, rows, n)
-    model.train(training)
+    for module in checkpointing:
+        module.training = True
     return groups
 
 

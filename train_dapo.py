@@ -38,6 +38,7 @@ from infra.metrics import (StepRecord, format_tables, print_report, progress_tex
 from infra.packing import packing_kind
 from infra.rollout_files import write_step
 from infra.setup import set_learning_rate, setup, sync_weights
+from infra.trackers import end_tracker
 from losses import aggregate, group_advantages, importance_weights, kl_penalty, policy_loss
 from plot import plot_runs
 from rollout import generate, transformers_engine
@@ -261,6 +262,7 @@ def main() -> None:
                     plot_runs([config.run_dir], f"{config.run_dir}/curves.png")
         if accelerator.is_main_process:
             print_report(config, progress, time.perf_counter() - start)
+        end_tracker(accelerator)
         end_processes(accelerator, state.engine)
     except (Exception, SystemExit) as error:  # of any kind: the policy is not lost with it
         end_after_failure(state, error)

@@ -23,6 +23,7 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -44,6 +45,7 @@ from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, ra
 from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
 from infra.rollout_files import read_metrics
+from infra.trackers import start_tracker
 
 # ---- the directory of a run ----------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    accelerator.init_trackers("dapo", flatten(config))
+    start_tracker(accelerator, config, resumed=bool(checkpoint) and not branch)
 
 
 # ---- what a run saves ----------------------------------------------------------------------------
@@ -215,16 +217,21 @@ def save_model(state: TrainState, name: str) -> None:
     """Write policy and tokenizer to `run_dir/name`, a transformers directory; with LoRA, the merged
     model, and the adapter beside it (`adapter/`, `adapter_step_*/`, ...). Raises OSError."""
     run_dir, policy = Path(state.config.run_dir), state.accelerator.unwrap_model(state.policy)
+    exact = [f".{name}." for name in policy._keep_in_fp32_modules_strict or ()]
     weights = {}
     for key, weight in iter_full_weights(policy):
+        keep = not weight.is_floating_point() or any(name in f".{key}." for name in exact)
         if state.accelerator.is_main_process:
-            weights[key] = weight.to("cpu", policy.dtype)
+            weights[key] = weight.to("cpu", weight.dtype if keep else state.save_dtype)
     adapters = full_adapters(policy)
     with raise_on_all_ranks(f"cannot save {run_dir / name}"):
         if state.accelerator.is_main_process:
             tmp_path = run_dir / f".{name}.partial"
             shutil.rmtree(tmp_path, ignore_errors=True)
             policy.save_pretrained(tmp_path, state_dict=weights)
+            model_config = deepcopy(policy.config)
+            model_config.dtype = state.save_dtype  # save_pretrained wrote the policy's
+            model_config.save_pretrained(tmp_path)
             state.tokenizer.save_pretrained(tmp_path)
             replace_dir(tmp_path, run_dir / name)
             if adapters:

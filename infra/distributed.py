@@ -117,7 +117,7 @@ def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
 
 
 def end_processes(accelerator: Accelerator, engine: Engine) -> None:
-    """End the engine, the trackers and the process groups; of several processes, end this one."""
+    """End the engine and the process groups; of several processes, end this one."""
     accelerator.wait_for_everyone()  # gloo may deadlock if ranks exit at different times
     engine.close()  # before the process groups that it has joined are gone
     accelerator.end_training()

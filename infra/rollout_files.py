@@ -11,6 +11,7 @@ from data_types import Group, Prompt, Response, Score, TrainState
 from infra.distributed import raise_on_all_ranks
 from infra.metrics import StepRecord
 from infra.tokens import token_texts
+from infra.trackers import log_to_tracker
 
 
 def write_step(state: TrainState, record: StepRecord, buffer: Sequence[Group],
@@ -20,8 +21,8 @@ def write_step(state: TrainState, record: StepRecord, buffer: Sequence[Group],
     run_dir, step, token_stats = Path(state.config.run_dir), record.step, {}
     if state.config.save_rollouts and record.generated:
         token_stats = record.gather_token_stats()
+    log_to_tracker(state.accelerator, metrics, step)
     with raise_on_all_ranks(f"cannot log step {step} in {run_dir}"):
-        state.accelerator.log(metrics, step=step)
         if state.accelerator.is_main_process:
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")

@@ -3,7 +3,7 @@
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import infra
 from data_types import Data, Engine, TrainState
+from infra.checks import check_start
 from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import load_data
 from infra.distributed import is_sharded, iter_full_weights
@@ -33,7 +34,7 @@ from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
-from infra.tokens import stop_token_ids
+from infra.tokens import add_stop_tokens, stop_token_ids
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
@@ -56,7 +57,7 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     set_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
-    tokenizer = load_pretrained(AutoTokenizer, config.model.path)
+    tokenizer = load_pretrained(AutoTokenizer, config.model)
     data = load_data(config, tokenizer, accelerator.print, training)
     examples = list({tuple(prompt.row): prompt for prompt in
                      chain(data.train, *data.val.values())}.values())  # one of each layout
@@ -64,11 +65,11 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
                          config.reward.timeout, examples)
     policy = load_model(config)
+    add_stop_tokens(policy, tokenizer, split_list(config.rollout.stop_tokens))
     accelerator.print(describe_model(policy))
     if training and config.model.lora_rank:
         accelerator.print(add_adapters(config, policy))
-    for warning in config_warnings(config, stop_token_ids(policy, tokenizer), tokenizer):
-        accelerator.print(f"warning: {warning}")
+    check_start(config, accelerator, tokenizer, policy, scorer, data)
     reference = None
     has_kl = config.algorithm.use_kl_in_reward or config.actor.use_kl_loss
     if has_kl and config.model.lora_rank:
@@ -77,20 +78,28 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
         reference = load_model(config).requires_grad_(False)
         reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
                      else reference.to(accelerator.device))
+    # Dropout, router jitter and whatever else differs in training mode is off: the policy that is
+    # trained is the one that was sampled from. Only layers with gradient checkpointing need it.
+    policy.eval()
     if config.model.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+        for module in policy.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
+    save_dtype = export_dtype(config)
     if training:
+        if save_dtype != getattr(torch, config.model.dtype):
+            accelerator.print(f"models are saved in {str(save_dtype)[6:]} (save_dtype)")
         report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
                       uses_vllm(config))
     engine = make_engine(config, accelerator, policy, tokenizer, transformers_engine)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies
                                   weight_decay=config.actor.weight_decay)
-    policy, optimizer = accelerator.prepare(policy.train(), optimizer)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
     # Accelerate's wrapper would copy the model's output to float32.
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)
     return TrainState(config, accelerator, tokenizer, policy, engine, reference, optimizer,
-                      scorer), data
+                      scorer, save_dtype), data
 
 
 def start_processes(config: SimpleNamespace) -> Accelerator:
@@ -132,8 +141,10 @@ def cpus_per_process(accelerator: Accelerator) -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
 
 
-def load_pretrained(auto_class, path: str, **kwargs):
-    """`auto_class.from_pretrained`. Raises ValueError with one line if that fails."""
+def load_pretrained(auto_class, model: SimpleNamespace, **kwargs):
+    """`auto_class.from_pretrained` of the config's section `model`. Raises ValueError with one line
+    if that fails."""
+    path = model.path
     if Path(path, "model", "config.json").is_file():
         raise ValueError(f"model.path: {path} is the directory of a run; its model is "
                          f"{Path(path, 'model')}")
@@ -143,9 +154,12 @@ def load_pretrained(auto_class, path: str, **kwargs):
         raise ValueError(f"model.path: {path} is no directory (from {Path.cwd()}) and no hub name "
                          "(owner/name)")
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        return auto_class.from_pretrained(path, trust_remote_code=model.trust_remote_code, **kwargs)
     except Exception as error:  # each library raises its own
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not model.trust_remote_code:
+            raise ValueError(f"model.path: {path} brings code of its own; read it, and set "
+                             "model.trust_remote_code=true to run it") from error
         if not Path(path).is_dir():
             raise ValueError(
                 f"model.path: {path} is no directory (from {Path.cwd()}), and as a hub name it "
@@ -157,15 +171,17 @@ def load_pretrained(auto_class, path: str, **kwargs):
 
 
 def load_model(config: SimpleNamespace) -> torch.nn.Module:
-    """The model, without dropout: the trained policy must be the one that was sampled from. Of a
-    vision-language model, the language part.
+    """The model, in evaluation mode and without dropout; of a vision-language model, the language
+    part.
 
     Raises ValueError if it is no causal language model, or the checkpoint lacks some weights.
     """
     path = config.model.path
-    whole = load_pretrained(AutoConfig, path)
+    whole = load_pretrained(AutoConfig, config.model)
     model_config, renamed = whole.get_text_config(decoder=True), None
-    if whole.is_encoder_decoder or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = (type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+             or "AutoModelForCausalLM" in (getattr(whole, "auto_map", None) or ()))
+    if whole.is_encoder_decoder or not known:
         raise ValueError(f"model.path: transformers has no causal language model of the kind of "
                          f"{path} ({model_config.model_type})")
     if model_config is not whole:
@@ -183,7 +199,8 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
         raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
                          f"but {path} has {positions} positions")
     model, report = load_pretrained(
-        AutoModelForCausalLM, path, config=model_config, dtype=getattr(torch, config.model.dtype),
+        AutoModelForCausalLM, config.model, config=model_config,
+        dtype=getattr(torch, config.model.dtype),
         attn_implementation=named_attention(config), key_mapping=renamed, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"model.path: {path} lacks {len(report['missing_keys'])} weights of "
@@ -213,6 +230,17 @@ def repair_generation_config(model: torch.nn.Module) -> None:
             reason = " ".join(str(error).split()).partition(". ")[0]
             tqdm.write(f"warning: generation_config.json cannot be saved ({reason}): a run has its "
                        f"own sampling, and drops {dropped}")
+
+
+def export_dtype(config: SimpleNamespace) -> torch.dtype:
+    """The type of the exported weights, by `save_dtype`."""
+    name = config.save_dtype
+    if name == "auto":
+        whole, name = load_pretrained(AutoConfig, config.model), config.model.dtype
+        stored = whole.dtype or whole.get_text_config(decoder=True).dtype
+        if name == "float32" and stored in (torch.bfloat16, torch.float16):
+            return stored
+    return getattr(torch, name)
 
 
 def describe_model(model: torch.nn.Module) -> str:
@@ -278,24 +306,10 @@ def copy_without_weights(policy: torch.nn.Module, config: SimpleNamespace,
     with device:
         model = AutoModelForCausalLM.from_config(
             deepcopy(policy.config), dtype=getattr(torch, compute_dtype(config)),
-            attn_implementation=named_attention(config))
+            attn_implementation=named_attention(config),
+            trust_remote_code=config.model.trust_remote_code)
     model.generation_config = policy.generation_config
     return model.requires_grad_(False)
-
-
-def config_warnings(config: SimpleNamespace, stop_ids: list[int], tokenizer) -> Iterator[str]:
-    """Settings that have ruined runs, and may be intended."""
-    metric, overlong = config.filter_groups.metric, config.overlong_buffer.enable
-    if config.rollout.top_p < 1:
-        yield (f"rollout.top_p={config.rollout.top_p}: the ratio compares with a distribution that "
-               "was not sampled from; 1.0 is sound")
-    if config.filter_groups.enable and metric.startswith("seq_") and overlong:
-        yield (f"filter_groups.metric={metric} includes the overlong penalty: groups that are all "
-               "wrong train on their lengths; acc is sound")
-    if len(stop_ids) > 1:
-        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_ids)))
-        yield (f"{len(stop_ids)} tokens end a response, {names}: check that each of them means "
-               "that for this model")
 
 
 @torch.no_grad()

@@ -9,17 +9,38 @@ from data_types import Response
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the model's generation config may name several."""
+    """Every token that ends a response: the model's generation config may name several. Those that
+    the model has no embedding of, and so never writes, are left out."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
-    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+    count = model.get_input_embeddings().num_embeddings
+    return sorted(i for i in (ids | {tokenizer.eos_token_id}) - {None} if i < count)
+
+
+def add_stop_tokens(model, tokenizer, names: Sequence[str]) -> None:
+    """Let the tokens called so end responses too, those of the exported model as well. Raises
+    ValueError if the tokenizer has no such token."""
+    vocabulary = tokenizer.get_vocab() if names else {}
+    if unknown := [name for name in names if name not in vocabulary]:
+        raise ValueError(f"rollout.stop_tokens: the tokenizer has no token {unknown[0]!r}")
+    if names:
+        ids = {*stop_token_ids(model, tokenizer), *(vocabulary[name] for name in names)}
+        model.generation_config.eos_token_id = sorted(ids)
 
 
 def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
                    n: int) -> list[list[Response]]:
     """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and whether
-    the last token ended them. Raises ValueError if a log-prob is not finite."""
-    texts = tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+    the last token ended them. Raises ValueError if a log-prob is not finite.
+
+    The text lacks the token that ended it and those that mark ends and padding (EOS, BOS, ...), but
+    has other special tokens, such as <think>.
+    """
+    names = [name for name in tokenizer.special_tokens_map.values() if isinstance(name, str)]
+    left_out = tokenizer.convert_tokens_to_ids(names)
+    shown = [ids[:len(ids) - stopped] for ids, _, stopped in rows]
+    texts = tokenizer.batch_decode([ids[~np.isin(ids, left_out)] for ids in shown],
+                                   skip_special_tokens=False)
     responses = []
     for (ids, logprobs, stopped), text in zip(rows, texts, strict=True):
         if logprobs is None:

@@ -240,3 +240,21 @@ def test_an_attention_that_the_model_lacks_is_named_with_what_to_do(tmp_path, to
     with pytest.raises(SystemExit, match="model.attn_implementation=sdpa: cannot load .*; auto "
                                          "takes an attention that the model supports"):
         start(f"model.path={path}", "model.attn_implementation=sdpa")
+
+
+@pytest.mark.parametrize("family, options", [
+    ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.5}),
+    ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.5}),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.5, "resid_pdrop": 0.5})])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_random_in_training_mode_is_off(family, options, checkpointing, tmp_path, tokenizer,
+                                                make_state, train_two_steps, monkeypatch):
+    monkeypatch.setitem(FAMILIES, family, {})
+    path = make_family(family, tokenizer, tmp_path / "base", **options)
+    key = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+    state, prompts = make_state(f"model.path={path}", key)
+    mini_batch = make_mini_batch(state, prompts)
+    first, again = (gradient(state, mini_batch)[0] for _ in range(2))
+    assert (first - again).norm() < 1e-6 * first.norm()
+    rows = train_two_steps(f"model.path={path}", key)
+    assert all(row["actor/mismatch_abs"] < 1e-5 for row in rows)

@@ -293,13 +293,13 @@ def test_kl_in_the_reward_takes_the_summed_kl_off_the_final_reward_only(make_sta
 # ---- the update ----
 
 def training_passes(state) -> list[bool]:
-    """Whether each pass of the policy in training mode from now on is one with gradients."""
+    """Whether each pass of the trainer from now on is one with gradients."""
     passes = []
 
-    def note(model, *_):
-        if model.training:  # generation is not
+    def note(model, _, kwargs):
+        if not kwargs["use_cache"]:  # generation has a cache
             passes.append(torch.is_grad_enabled())
-    state.policy.register_forward_pre_hook(note)
+    state.policy.register_forward_pre_hook(note, with_kwargs=True)
     return passes
 
 
