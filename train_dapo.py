@@ -179,7 +179,7 @@ def update_policy(state: TrainState, mini_batch: list[Sample], step: int) -> Upd
     set_learning_rate(state.optimizer, config.actor, step)
     micros = micro_batches(mini_batch, config.actor.max_tokens_per_micro_batch,
                            accelerator.process_index, accelerator.num_processes,
-                           bool(packing_kind(state.policy)))
+                           packing_kind(state.policy))
     for micro in micros:
         batch = make_batch(state, micro)
         # Ranks sum their gradients with the last micro-batch only; sharded ones after each, since

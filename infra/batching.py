@@ -1,6 +1,8 @@
 """From samples to tensors: micro-batches of equal work, and their collation."""
 
+from collections.abc import Sequence
 from heapq import heapreplace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -8,32 +10,62 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data_types import Sample, TrainState
-from infra.packing import packing_kind, packing_kwargs
+from infra.packing import SHARES_PROMPTS, packing_kind, packing_kwargs
 
 
 def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: int = 1,
-                  packed: bool = False) -> list[list[Sample]]:
+                  packing: str = "") -> list[list[Sample]]:
     """This rank's share of `samples`, in batches of at most `max_tokens` tokens.
 
-    Packed: the longest sample first, to the batch that has the fewest tokens, of as few batches as
-    suffice. Padded (padding counts): the same over ranks, then batches of samples of similar
-    length. Every rank gets the same number of batches, since all take part in collectives: a rank
-    that lacks one gets an empty batch. A sample longer than `max_tokens` is a batch of its own.
+    `packing` is the kind of packed row. Packed: samples that share the tokens of a prompt stay
+    together; those with the most tokens go first, to the batch that has the fewest, of as few
+    batches as suffice. Padded (padding counts): the same over ranks, then batches of samples of
+    similar length. Every rank gets the same number of batches, since all take part in collectives:
+    a rank that lacks one gets an empty batch. A sample longer than `max_tokens` is a batch of its
+    own.
     """
-    ordered = sorted(samples, key=len, reverse=True)
-    lengths = list(map(len, ordered))
-    if not packed:
+    if not packing:
+        ordered = sorted(samples, key=len, reverse=True)
+        lengths = list(map(len, ordered))
         batches = [fill_batches([ordered[i] for i in part], max_tokens)
                    for part in balance_lengths(lengths, world)]
         max_batches = max(map(len, batches))
         return batches[rank] + [[]] * (max_batches - len(batches[rank]))
+    shares, limit = packing == SHARES_PROMPTS, max_tokens
+    if world > 1:  # finer pieces, or ranks would wait for those with the largest groups
+        total = sum(map(count_tokens, split_by_prompt(samples, limit, shares)))
+        limit = min(limit, 1 + total // (2 * world))
+    pieces = sorted(split_by_prompt(samples, limit, shares), key=count_tokens, reverse=True)
+    lengths = list(map(count_tokens, pieces))
     count, overfull = world * -(-sum(lengths) // (world * max_tokens)), 1
     while overfull:
         parts = balance_lengths(lengths, count)
         overfull = sum(len(part) > 1 and sum(lengths[i] for i in part) > max_tokens
                        for part in parts)
         count += -(-overfull // world) * world
-    return [[ordered[i] for i in part] for part in parts[rank::world]]
+    return [[sample for i in part for sample in pieces[i]] for part in parts[rank::world]]
+
+
+def split_by_prompt(samples: Sequence[Sample], max_tokens: int,
+                    shares: bool) -> list[list[Sample]]:
+    """The samples of each prompt, in pieces of at most `max_tokens` tokens if a piece has more than
+    one sample; in each, the longest first. Each sample, unless it `shares` its prompt."""
+    by_prompt, pieces = {}, []
+    for sample in samples:
+        key = id(sample.prompt_ids) if shares else id(sample)
+        by_prompt.setdefault(key, []).append(sample)
+    for same in by_prompt.values():
+        pieces.append([])
+        for sample in sorted(same, key=len, reverse=True):
+            if pieces[-1] and count_tokens([*pieces[-1], sample]) > max_tokens:
+                pieces.append([])
+            pieces[-1].append(sample)
+    return pieces
+
+
+def count_tokens(piece: Sequence[Sample]) -> int:
+    """Tokens of samples that share their prompt."""
+    return len(piece[0].prompt_ids) + sum(len(sample.response_ids) for sample in piece)
 
 
 def balance_lengths(lengths: list[int], count: int) -> list[list[int]]:
@@ -71,28 +103,38 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
 
     input_ids: (B, L) padded on the right, which causal attention needs no mask for; or (1, L) with
         all samples in one row, if `packing` names a kind of it; `packing_kwargs` tells them apart.
+        If it shares prompts, samples with the same one (the same list) follow it once.
     tokens (N,): all response tokens. logit_positions (N,): the position before each of them, among
         all of input_ids. flat_positions (N,): their place among (B, T).
     mask (B, T): the tokens in the loss. Masks come from lengths, never from token values: the EOS
         that ended a response is trained, even if padding has the same id.
     advantages (B, 1) or (B, T); rollout_logprobs, old_logprobs, ref_logprobs (B, T), if given.
     """
-    sizes, lengths = [len(s) for s in samples], torch.tensor([len(s.response_ids) for s in samples])
-    flat = torch.from_numpy(np.concatenate(
-        [ids for s in samples for ids in (s.prompt_ids, s.response_ids)]))
+    lengths = torch.tensor([len(s.response_ids) for s in samples])
+    families = [[sample] for sample in samples]
+    if packing == SHARES_PROMPTS:  # a prompt stands before all of its samples that come in turn
+        families = [list(same) for _, same in groupby(samples, lambda s: id(s.prompt_ids))]
+    rows = [np.concatenate([same[0].prompt_ids, *(s.response_ids for s in same)])
+            for same in families]
     if packing:
-        ids = flat[None]  # (1, L)
-        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        ids = torch.from_numpy(np.concatenate(rows))[None]  # (1, L)
+        starts = np.cumsum([0, *map(len, rows)])
     else:
-        ids = pad_sequence(flat.split(sizes), batch_first=True, padding_value=pad_id)  # (B, L)
-        starts = torch.arange(len(sizes)) * ids.shape[1]
+        ids = pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True,
+                           padding_value=pad_id)  # (B, L)
+        starts = np.arange(len(rows)) * ids.shape[1]
+    prompt_ends, response_starts = [], []  # by sample
+    for same, start in zip(families, starts, strict=False):
+        end = start + len(same[0].prompt_ids)
+        prompt_ends += [end - 1] * len(same)
+        response_starts += np.cumsum([end, *(len(s.response_ids) for s in same[:-1])]).tolist()
     column = torch.arange(int(lengths.max()))  # (T,)
     response_mask = column < lengths[:, None]  # (B, T)
-    first = starts + torch.tensor(sizes) - lengths - 1
-    logit_positions = (first[:, None] + column)[response_mask]
+    positions = (torch.tensor(response_starts)[:, None] + column)  # of each token, among input_ids
+    before = torch.where(column == 0, torch.tensor(prompt_ends)[:, None], positions - 1)
     flat_positions = response_mask.flatten().nonzero().squeeze(1)
-    batch = {"input_ids": ids, "tokens": ids.flatten()[logit_positions + 1],
-             "logit_positions": logit_positions, "flat_positions": flat_positions,
+    batch = {"input_ids": ids, "tokens": ids.flatten()[positions[response_mask]],
+             "logit_positions": before[response_mask], "flat_positions": flat_positions,
              "mask": response_mask & torch.tensor([[s.in_loss] for s in samples])}
 
     def to_rows(values: list[Tensor]) -> Tensor:
@@ -111,5 +153,8 @@ def collate(samples: list[Sample], pad_id: int, device="cpu", packing: str = "")
         if all(value is not None for value in values):
             batch[name] = to_rows(values)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    batch["packing_kwargs"] = packing_kwargs(sizes, packing, device) if packing else {}
+    if packing:
+        families = [(len(same[0].prompt_ids), tuple(len(s.response_ids) for s in same))
+                    if len(same) > 1 else (len(same[0]), ()) for same in families]
+    batch["packing_kwargs"] = packing_kwargs(families, packing, device) if packing else {}
     return batch

@@ -34,12 +34,12 @@ def compute_logprobs(state: TrainState, model: torch.nn.Module,
     """The log-probs (T,) of every sample in the mini-batches under `model`, on the CPU of every
     rank, by the sample's key. A rank computes those of its share of each mini-batch."""
     config, accelerator = state.config, state.accelerator
-    max_tokens, packed = config.actor.max_tokens_per_micro_batch, bool(packing_kind(state.policy))
+    max_tokens, packing = config.actor.max_tokens_per_micro_batch, packing_kind(state.policy)
     own = []
     for batch in batches:
         own += chain(*micro_batches(batch, max_tokens, accelerator.process_index,
-                                    accelerator.num_processes, packed))
-    micros = micro_batches(sorted(own, key=lambda sample: sample.key), max_tokens, packed=packed)
+                                    accelerator.num_processes, packing))
+    micros = micro_batches(sorted(own, key=lambda sample: sample.key), max_tokens, packing=packing)
     count, found = max(gather_object([len(micros)])), {}
     for micro in micros + [[]] * (count - len(micros)):  # every rank runs the model equally often
         with accelerator.autocast():

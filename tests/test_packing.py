@@ -1,6 +1,7 @@
 """infra/packing.py: packed rows attend as if alone. Their log-probs are in test_logprobs.py."""
 
 import inspect
+from dataclasses import replace
 from functools import lru_cache, wraps
 
 import numpy as np
@@ -8,14 +9,16 @@ import pytest
 import torch
 from conftest import read_rows
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, MistralConfig
+from transformers import (AutoModelForCausalLM, Gemma3Config, GemmaConfig, GPT2Config, LlamaConfig,
+                          MistralConfig, Qwen3Config, Qwen3MoeConfig)
 
 from data_types import Sample, SamplingParams
 from infra import packing
 from infra.batching import collate
 from infra.logprobs import response_logprobs
 from infra.packing import (PACKED_ATTENTION, block_sdpa, enable_packing, make_blocks,
-                           packed_attention, packing_kind, varlen_works)
+                           make_cu_seqlens, packed_attention, packing_kind, packing_kwargs,
+                           split_row, varlen_sdpa, varlen_works)
 from infra.setup import copy_without_weights
 from rollout import transformers_generate
 
@@ -29,27 +32,63 @@ def make_llama(attention: str = "sdpa"):
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+CPU = torch.device("cpu")
+
+
+def test_a_packed_row_by_hand():
+    """A sequence of 3 tokens; a prompt of 2 with responses of 1 and 2; a sequence of 1."""
+    families = ((3, ()), (2, (1, 2)), (1, ()))
+    assert split_row(families) == [
+        (range(0), range(0, 3)), (range(0), range(3, 5)), (range(3, 5), range(5, 6)),
+        (range(3, 5), range(6, 8)), (range(0), range(8, 9))]
+    kwargs = packing_kwargs(families, "varlen", "cpu")
+    assert kwargs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 2, 3, 0]]
+    queries, keys, most_queries, most_keys, index = make_cu_seqlens(families, CPU)
+    assert queries.tolist() == [0, 3, 5, 6, 8, 9] and keys.tolist() == [0, 3, 5, 8, 12, 13]
+    assert (most_queries, most_keys) == (3, 4)
+    assert index.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7, 8]
+    assert make_cu_seqlens(families[:1], CPU)[4] is None  # the keys are the row
+
+
 def test_blocks_by_hand():
     # 3 is three quarters of 4; 2 is less; 1 is less than three quarters of 2
-    shapes, gather, scatter = make_blocks((4, 3, 3, 2, 2, 1), torch.device("cpu"))
-    assert shapes == [(3, 4), (2, 2), (1, 1)]
+    families = tuple((length, ()) for length in (2, 3, 4, 1, 3, 2))
+    shapes, masks, queries, keys, places = make_blocks(families, CPU)
+    assert shapes == [(3, 4, 4), (2, 2, 2), (1, 1, 1)] and masks == [None] * 3
     # whatever a padding is, nothing looks at it
-    assert gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9, 0, 10, 11, 12, 13, 14]
-    assert scatter.tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 16]
-    assert make_blocks((2, 2, 1), torch.device("cpu")) == ([(2, 2), (1, 1)], None, None)
+    assert queries.tolist() == keys.tolist() == [5, 6, 7, 8, 2, 3, 4, 0, 10, 11, 12, 0,
+                                                 0, 1, 13, 14, 9]
+    assert places.tolist() == [12, 13, 4, 5, 6, 0, 1, 2, 3, 16, 8, 9, 10, 14, 15]
 
 
-def test_sequences_of_any_order_attend_as_if_alone():
+def test_blocks_of_responses_by_hand():
+    """Two prompts of one token: their responses share a block; its mask is aligned at the end."""
+    families = ((1, (2, 1)), (1, (2,)), (2, (3,)))
+    shapes, masks, queries, keys, places = make_blocks(families, CPU)
+    assert shapes == [(1, 3, 5), (2, 2, 3), (1, 1, 2), (1, 2, 2), (2, 1, 1)]
+    assert queries.tolist() == [9, 10, 11, 1, 2, 5, 6, 3, 7, 8, 0, 4]
+    assert keys.tolist() == [7, 8, 9, 10, 11, 0, 1, 2, 4, 5, 6, 0, 3, 7, 8, 0, 4]
+    assert masks[1].tolist() == [[True, True, False], [True, True, True]]
+    assert masks[0].tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
+    assert masks[2].tolist() == [[True, True]] and masks[3:] == [None, None]
+    assert places.tolist() == [10, 3, 4, 7, 11, 5, 6, 8, 9, 0, 1, 2]
+
+
+@pytest.mark.parametrize("kernel_used", [False, True])
+def test_sequences_of_any_order_attend_as_if_alone(kernel, kernel_used):
     torch.manual_seed(0)
-    lengths = [3, 9, 1, 9, 7, 5, 8]
-    packed = [torch.randn(1, heads, sum(lengths), 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    families = ((3, ()), (9, (1, 9, 7)), (5, ()), (8, (2, 2)), (9, (4, 12)))
+    sequences = split_row(families)
+    count = sequences[-1][1].stop
+    packed = [torch.randn(1, heads, count, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     module = torch.nn.Module()
     module.num_key_value_groups = 2
-    together = block_sdpa(module, *packed, tuple(lengths), scaling=0.3)
-    alone = []
-    for parts in zip(*(x.split(lengths, dim=2) for x in packed), strict=True):
-        alone.append(packed_attention(module, *parts, None, scaling=0.3)[0])
-    assert torch.allclose(together, torch.cat(alone, dim=1), atol=1e-12)
+    kernel(reference_varlen)
+    together = (varlen_sdpa if kernel_used else block_sdpa)(module, *packed, families, scaling=0.3)
+    for context, own in sequences:
+        tokens = [*context, *own]
+        alone, _ = packed_attention(module, *(x[:, :, tokens] for x in packed), None, scaling=0.3)
+        assert torch.allclose(together[:, list(own)], alone[:, len(context):], atol=1e-12)
 
 
 def test_a_model_packs_only_if_all_layers_are_plainly_causal():
@@ -85,9 +124,9 @@ def test_a_model_whose_packed_rows_are_wrong_is_trained_on_padded_ones(start, mo
     calls = []
 
     @lru_cache
-    def one_block(lengths, device):  # all tokens see all before, those of other responses too
+    def one_block(families, device):  # all tokens see all before, those of other responses too
         calls.append(1)
-        return make_blocks((sum(lengths),), device)
+        return make_blocks(((split_row(families)[-1][1].stop, ()),), device)
     monkeypatch.setattr(packing, "make_blocks", one_block)
     # The reference model is trained on packed rows no more than the policy.
     run_dir = start("actor.use_kl_loss=true", "val.file=")
@@ -121,10 +160,13 @@ def reference_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, ret
     outputs, inputs = [], (query, key, value)
     if query.dtype != torch.float64:
         inputs = (x.float() for x in inputs)
-    for q, k, v in zip(*(x.tensor_split(cu_seq_q[1:-1].long()) for x in inputs), strict=True):
+    ends = (cu_seq_q, cu_seq_k, cu_seq_k)
+    for q, k, v in zip(*(x.tensor_split(end[1:-1].long())
+                         for x, end in zip(inputs, ends, strict=True)), strict=True):
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, heads, d)
         scores = torch.einsum("ihd,jhd->hij", q, k) * (scale or q.shape[-1] ** -0.5)
-        later = torch.ones(len(q), len(q)).triu(1).bool()
+        # flash attention's rule: the last query sees the last key
+        later = torch.ones(len(q), len(k)).triu(1 + len(k) - len(q)).bool()
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hij,jhd->ihd", weights, v))
     return torch.cat(outputs).to(query.dtype)
@@ -175,6 +217,14 @@ def wrong_scale(*args, **kwargs):
 
 
 @wraps(reference_varlen)
+def aligned_at_the_start(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **kwargs):
+    """As if the first query of each sequence saw the first key only."""
+    own = torch.cat([key_start + torch.arange(count) for key_start, count in
+                     zip(cu_seq_k.tolist(), cu_seq_q.diff().tolist(), strict=False)])
+    return reference_varlen(query, key[own], value[own], cu_seq_q, cu_seq_q, max_q, max_q, **kwargs)
+
+
+@wraps(reference_varlen)
 def wrong_gradient(query, key, *args, **kwargs):
     return reference_varlen(query, key.detach(), *args, **kwargs)
 
@@ -198,7 +248,8 @@ def doubled_gradient(query, key, value, *args, **kwargs):
 @pytest.mark.parametrize(("function", "dtype", "works"), [
     (reference_varlen, torch.bfloat16, True), (reference_varlen, torch.float16, True),
     (reference_varlen, torch.float64, True), (wrong_scale, torch.bfloat16, False),
-    (wrong_gradient, torch.bfloat16, False), (varlen_of_torch_2_11, torch.bfloat16, True),
+    (wrong_gradient, torch.bfloat16, False), (aligned_at_the_start, torch.bfloat16, False),
+    (varlen_of_torch_2_11, torch.bfloat16, True),
     (doubled_gradient, torch.bfloat16, False),
     (lambda q, *args, **kwargs: q.fill_(torch.nan), torch.bfloat16, False)])
 def test_the_kernel_is_used_only_if_output_and_gradients_are_those_of_sdpa(kernel, function, dtype,
@@ -214,26 +265,55 @@ def gradients_and_logprobs(model, samples, packing: str):
     return [logprobs.detach(), entropy.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.fixture
+def in_float64(monkeypatch):
+    """What models compute in float32 whatever their weights are, norms above all, in float64."""
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def make_samples() -> tuple[list[Sample], list[Sample]]:
+    """Responses to three prompts, one of which has a single one; and the same samples, each with a
+    prompt of its own."""
+    rng, samples = np.random.default_rng(0), []
+    for length, count in ((7, 5), (12, 1), (3, 4)):
+        prompt = rng.integers(1, 40, length).tolist()
+        for size in rng.integers(1, 20, count):
+            samples.append(Sample(prompt, rng.integers(1, 40, size).astype(np.int32), 1.0))
+    return samples, [replace(sample, prompt_ids=list(sample.prompt_ids)) for sample in samples]
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(**SIZES), Qwen3Config(**SIZES, head_dim=8), GemmaConfig(**SIZES, head_dim=8),
+    GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0,
+               attn_pdrop=0, eos_token_id=0),
+    Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=8)], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_log_probs_and_gradients_by_the_kernel_are_those_of_blocks_and_of_padded_rows(
-        kernel, monkeypatch, checkpointing):
-    model, rng = make_llama().double(), np.random.default_rng(0)
-    samples = [Sample(rng.integers(1, 40, prompt).tolist(),
-                      rng.integers(1, 40, response).astype(np.int32), 1.0)
-               for prompt, response in rng.integers(1, 20, (7, 2)).tolist()]
-    padded = gradients_and_logprobs(model, samples, "")
+@pytest.mark.parametrize("way", ["blocks", "kernel"])
+def test_a_shared_prompt_changes_no_log_prob_and_no_gradient(config, checkpointing, way, kernel,
+                                                            monkeypatch, in_float64):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa",
+                                             experts_implementation="eager").double().eval()
+    shared, alone = make_samples()
+    padded = gradients_and_logprobs(model, alone, "")
     enable_packing(model)
-    blocks = gradients_and_logprobs(model, samples, packing_kind(model))
     if checkpointing:
         model.train().gradient_checkpointing_enable()
-    calls = kernel(reference_varlen)
-    monkeypatch.setattr(packing, "block_sdpa", only_the_check(block_sdpa))
-    by_kernel = gradients_and_logprobs(model, samples, packing_kind(model))
-    tokens = sum(map(len, samples))
-    # the check, then each of two layers once, or twice if it is computed again
-    assert calls == [(145, 4, 8)] + [(tokens, 4, 8)] * (4 if checkpointing else 2)
-    for one, other, third in zip(by_kernel, blocks, padded, strict=True):
-        assert torch.allclose(one, other, atol=1e-10) and torch.allclose(one, third, atol=1e-10)
+    if way == "kernel":
+        calls = kernel(reference_varlen)
+        monkeypatch.setattr(packing, "block_sdpa", only_the_check(block_sdpa))
+    for samples, tokens in ((alone, sum(map(len, alone))), (shared, sum(map(len, alone)) - 37)):
+        found = gradients_and_logprobs(model, samples, "varlen")
+        if way == "kernel":  # after the check, two layers; again for the backward pass
+            count = 4 if checkpointing else 2
+            assert calls[-count:] == [(tokens, 4, 8)] * count
+        for one, other in zip(found, padded, strict=True):
+            assert (one - other).norm() <= 1e-10 * other.norm()
 
 
 def only_the_check(function):
@@ -257,7 +337,7 @@ def test_the_kernel_gets_half_precision_under_autocast_though_the_weights_are_fl
         dtypes.append(query.dtype)
         return reference_varlen(query, *args, **kwargs)
     kernel(spy)
-    kwargs = packing.packing_kwargs([5, 3], "varlen", "cpu")
+    kwargs = packing_kwargs([(5, ()), (3, ())], "varlen", "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.arange(1, 9)[None], **kwargs)
     assert dtypes == [torch.bfloat16] * 3
