@@ -224,14 +224,18 @@ def underfilled_message(record: StepRecord, buffer: list[Group], metric: str) ->
 
 def mini_batches(samples: Sequence[Sample], config: SimpleNamespace,
                  step: int) -> list[list[Sample]]:
-    """The mini-batches of a step: each of `ppo_epochs` epochs shuffles all samples and splits them.
+    """The mini-batches of a step: each of `ppo_epochs` epochs shuffles the groups and splits them.
 
-    An epoch has as few mini-batches as hold at most `ppo_mini_batch_size` samples; their sizes
-    differ by at most one.
+    Groups stay whole, since their responses share the computation of the prompt; if
+    `ppo_mini_batch_size` is no multiple of `rollout.n`, they are cut into equal parts that it is a
+    multiple of. An epoch has as few mini-batches as hold at most that many samples; their sizes
+    differ by at most one group or part. `samples` come group by group.
     """
-    batches, count = [], -(-len(samples) // config.actor.ppo_mini_batch_size)
+    size = config.actor.ppo_mini_batch_size
+    part, count, batches = math.gcd(size, config.rollout.n), -(-len(samples) // size), []
+    parts = [samples[i:i + part] for i in range(0, len(samples), part)]
     for epoch in range(config.actor.ppo_epochs):
-        order = make_rng(config.seed, "mini-batches", step, epoch).permutation(len(samples))
+        order = make_rng(config.seed, "mini-batches", step, epoch).permutation(len(parts))
         for indices in np.array_split(order, count):
-            batches.append([samples[i] for i in indices])
+            batches.append([sample for i in indices for sample in parts[i]])
     return batches

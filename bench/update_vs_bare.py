@@ -45,7 +45,7 @@ def packed(state, samples) -> float:
     for i in range(0, len(samples), actor.ppo_mini_batch_size):
         mini_batch = samples[i:i + actor.ppo_mini_batch_size]
         batches += [make_batch(state, micro) for micro in micro_batches(
-            mini_batch, actor.max_tokens_per_micro_batch, packed=True)]
+            mini_batch, actor.max_tokens_per_micro_batch, packing="varlen")]
     return passes(state, [(batch["input_ids"], batch["packing_kwargs"]) for batch in batches])
 
 

@@ -31,19 +31,32 @@ def micro_batches(samples: list[Sample], max_tokens: int, rank: int = 0, world: 
                    for part in balance_lengths(lengths, world)]
         max_batches = max(map(len, batches))
         return batches[rank] + [[]] * (max_batches - len(batches[rank]))
-    shares, limit = packing == SHARES_PROMPTS, max_tokens
-    if world > 1:  # finer pieces, or ranks would wait for those with the largest groups
-        total = sum(map(count_tokens, split_by_prompt(samples, limit, shares)))
-        limit = min(limit, 1 + total // (2 * world))
-    pieces = sorted(split_by_prompt(samples, limit, shares), key=count_tokens, reverse=True)
-    lengths = list(map(count_tokens, pieces))
+    shares, options = packing == SHARES_PROMPTS, []
+    # Ranks wait for the slowest: smaller pieces of the groups may be quicker, though each computes
+    # the prompt again.
+    for pieces_per_rank in (0, 1, 2, 4, 8) if world > 1 and shares else (0,):
+        limit = sum(map(len, samples)) // (world * pieces_per_rank or 1)
+        pieces = split_by_prompt(samples, min(limit, max_tokens), shares)
+        pieces.sort(key=count_tokens, reverse=True)
+        lengths = list(map(count_tokens, pieces))
+        parts = split_evenly(lengths, max_tokens, world)
+        slowest = max(sum(lengths[i] for part in parts[r::world] for i in part)
+                      for r in range(world))
+        options.append((slowest, pieces, parts))
+    _, pieces, parts = min(options, key=lambda option: option[0])
+    return [[sample for i in part for sample in pieces[i]] for part in parts[rank::world]]
+
+
+def split_evenly(lengths: list[int], max_tokens: int, world: int) -> list[list[int]]:
+    """The indices of `lengths` (longest first) in as few parts as hold `max_tokens` each, or one
+    index, and the ranks can share evenly."""
     count, overfull = world * -(-sum(lengths) // (world * max_tokens)), 1
     while overfull:
         parts = balance_lengths(lengths, count)
         overfull = sum(len(part) > 1 and sum(lengths[i] for i in part) > max_tokens
                        for part in parts)
         count += -(-overfull // world) * world
-    return [[sample for i in part for sample in pieces[i]] for part in parts[rank::world]]
+    return parts
 
 
 def split_by_prompt(samples: Sequence[Sample], max_tokens: int,

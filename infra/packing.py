@@ -109,9 +109,10 @@ def make_blocks(families: tuple, device: torch.device) -> tuple:
     similar lengths. Returns rows, queries and keys of each block, and its mask (queries, keys),
     None if causal; which token of the row each query, and each key, of all blocks is, any if
     padding; and where among the queries each token of the row is."""
-    blocks, queries, keys = [], [], []
-    ordered = sorted(split_row(families), key=lambda one: (len(one[0]), len(one[1])), reverse=True)
-    for context, own in ordered:
+    sequences, blocks, queries, keys = split_row(families), [], [], []
+    count = sequences[-1][1].stop
+    sequences.sort(key=lambda one: (len(one[0]), len(one[1])), reverse=True)
+    for context, own in sequences:
         first_context, first = blocks[-1][0] if blocks else (None, range(0))
         if (len(own) < MIN_LENGTH_RATIO * len(first) or first_context is None
                 or len(context) != len(first_context)):
@@ -129,7 +130,7 @@ def make_blocks(families: tuple, device: torch.device) -> tuple:
         queries.append(padded.flatten())
         keys.append(torch.cat([contexts, padded], dim=1).flatten())
     queries, keys = torch.cat(queries), torch.cat(keys)
-    places = queries.argsort()[(queries < 0).sum():]  # the padding, -1, comes first
+    places = queries.argsort()[-count:]  # the padding, -1, comes first
     return (shapes, masks, queries.clamp(min=0).to(device), keys.clamp(min=0).to(device),
             places.to(device))
 

@@ -237,11 +237,11 @@ def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
     repair_generation_config(model)
     if renamed:  # save_pretrained would try to undo it
         model._weight_conversions = None
+    enable_packing(model)
     if (config.model.attn_implementation == "auto" and compute_dtype(config) != "float32"
             and torch.cuda.is_available() and is_flash_attn_2_available()
-            and model._supports_flash_attn):
+            and model._supports_flash_attn and not packing_kind(model)):
         model.set_attn_implementation("flash_attention_2")
-    enable_packing(model)
     return model
 
 

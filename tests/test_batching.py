@@ -1,5 +1,7 @@
 """infra/batching.py: mini-batches, micro-batches of equal work, and tensors worked out by hand."""
 
+from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from data_types import Sample
-from infra.batching import collate, micro_batches
+from infra.batching import collate, count_tokens, micro_batches
 from sampling import mini_batches
 
 
@@ -28,10 +30,12 @@ def flatten(parts: list) -> list:
 
 # ---- mini-batches ----
 
-def orders(count: int, size: int, epochs: int = 1, seed: int = 0, step: int = 1) -> list[list[int]]:
-    """The mini-batches of a step with so many samples, here numbers."""
-    actor = SimpleNamespace(ppo_mini_batch_size=size, ppo_epochs=epochs)
-    return mini_batches(range(count), SimpleNamespace(actor=actor, seed=seed), step)
+def orders(count: int, size: int, epochs: int = 1, seed: int = 0, step: int = 1,
+           n: int = 1) -> list[list[int]]:
+    """The mini-batches of a step with so many samples, here numbers, in groups of `n`."""
+    config = SimpleNamespace(actor=SimpleNamespace(ppo_mini_batch_size=size, ppo_epochs=epochs),
+                             rollout=SimpleNamespace(n=n), seed=seed)
+    return mini_batches(range(count), config, step)
 
 
 def test_mini_batches_hold_every_response_once_shuffled():
@@ -53,6 +57,18 @@ def test_a_remainder_is_spread_and_never_dropped():
     assert [len(batch) for batch in batches] == [107, 107, 106]
 
 
+@pytest.mark.parametrize("size, part", [(32, 16), (16, 16), (24, 8), (8, 8), (1, 1), (48, 16)])
+def test_groups_stay_whole_if_the_size_of_a_mini_batch_allows(size, part):
+    batches = orders(96, size, n=16)
+    assert sorted(flatten(batches)) == list(range(96)) and len(batches) == -(-96 // size)
+    for batch in batches:
+        assert len(batch) == size
+        for i in range(0, size, part):
+            assert batch[i:i + part] == list(range(batch[i], batch[i] + part))
+            assert batch[i] % part == 0  # the part begins where one of its group does
+    assert flatten(batches) != list(range(96)) or part == 96
+
+
 # ---- micro-batches ----
 
 def indices(samples: list[Sample], batches: list[list[Sample]]) -> list[list[int]]:
@@ -61,19 +77,19 @@ def indices(samples: list[Sample], batches: list[list[Sample]]) -> list[list[int
     return [[places[id(sample)] for sample in batch] for batch in batches]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packing", ["", "flash", "varlen"])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_micro_batches_share_out_every_response_once_within_the_budget(world, packed):
+def test_micro_batches_share_out_every_response_once_within_the_budget(world, packing):
     samples = random_samples()
-    parts = [micro_batches(samples, 300, rank, world, packed) for rank in range(world)]
+    parts = [micro_batches(samples, 300, rank, world, packing) for rank in range(world)]
     batches = flatten(parts)
     assert sorted(flatten(indices(samples, batches))) == list(range(50))
     assert len({len(part) for part in parts}) == 1  # every rank takes part in every collective
     for batch in batches:
         lengths = list(map(len, batch))
-        size = sum(lengths) if packed else len(lengths) * max(lengths, default=0)
+        size = sum(lengths) if packing else len(lengths) * max(lengths, default=0)
         assert size <= 300
-    if packed:  # and are few
+    if packing:  # and are few
         assert len(batches) <= -(-sum(map(len, samples)) // 300) + 2 * world
 
 
@@ -92,7 +108,7 @@ def test_packed_micro_batches_are_few_and_alike():
     for max_tokens, expected in [(124, [[0, 1, 2, 3]]), (123, [[0, 3], [1, 2]]),
                                  (61, [[0], [1], [2, 3]]),
                                  (50, [[0], [1], [2, 3]])]:  # two are beyond 50
-        batches = micro_batches(samples, max_tokens, packed=True)
+        batches = micro_batches(samples, max_tokens, packing="flash")
         assert indices(samples, batches) == expected
 
 
@@ -104,6 +120,36 @@ def test_ranks_have_about_equal_work_and_the_same_number_of_micro_batches():
     assert max(tokens) < 1.01 * min(tokens)
     assert len({len(share) for share in shares}) == 1
     assert sorted(flatten(indices(samples, flatten(shares)))) == list(range(500))
+
+
+def same_prompt(prompt: int, *responses: int) -> list[Sample]:
+    """Samples that share a prompt."""
+    ids = list(range(1, prompt + 1))
+    return [replace(sample(prompt, response), prompt_ids=ids) for response in responses]
+
+
+def test_samples_of_a_prompt_stay_together_and_count_it_once():
+    samples = [*same_prompt(50, 10, 20, 15), *same_prompt(40, 5), *same_prompt(50, 10)]
+    for max_tokens, expected in [
+            (300, [[1, 2, 0, 4, 3]]),                  # 95 + 60 + 45
+            (199, [[1, 2, 0], [4, 3]]),
+            (94, [[1, 2], [0], [4], [3]])]:            # 85: with the third it would be 95
+        batches = micro_batches(samples, max_tokens, packing="varlen")
+        assert indices(samples, batches) == expected
+        by_order = [samples[i] for i in (3, 1, 0, 4, 2)]
+        again = micro_batches(by_order, max_tokens, packing="varlen")
+        assert sorted(map(len, again)) == sorted(map(len, batches))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_ranks_share_out_few_large_groups(world):
+    """Each has 500 tokens; a rank with two of them would have twice the work of the others."""
+    samples = flatten([same_prompt(20, *[30] * 16) for _ in range(world + 1)])
+    shares = [micro_batches(samples, 10_000, rank, world, "varlen") for rank in range(world)]
+    assert sorted(flatten(indices(samples, flatten(shares)))) == list(range(len(samples)))
+    tokens = [sum(count_tokens(list(same)) for batch in share for _, same in
+                  groupby(batch, lambda one: id(one.prompt_ids))) for share in shares]
+    assert max(tokens) <= 1.25 * 500 * (world + 1) / world
 
 
 # ---- tensors ----
@@ -129,10 +175,23 @@ def test_collate_packed_by_hand():
     assert batch["flat_positions"].tolist() == [0, 3, 4, 5]
 
 
+def test_collate_by_hand_if_a_prompt_is_shared():
+    rows = [*same_prompt(2, 1, 3), sample(1, 2), *same_prompt(2, 2)]
+    batch = collate(rows, pad_id=9, packing="varlen")
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 1, 2, 3, 1, 1, 2, 1, 2, 1, 2]]
+    assert batch["packing_kwargs"]["packed_families"] == ((2, (1, 3)), (3, ()), (4, ()))
+    assert batch["packing_kwargs"]["position_ids"].tolist() == [[0, 1, 2, 2, 3, 4, 0, 1, 2,
+                                                                 0, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [1, 1, 2, 3, 1, 2, 1, 2]
+    # the first token of a response is predicted at the end of its prompt
+    assert batch["logit_positions"].tolist() == [1, 1, 3, 4, 6, 7, 10, 11]
+    assert batch["flat_positions"].tolist() == [0, 3, 4, 5, 6, 7, 9, 10]
+
+
 def test_advantages_may_be_one_per_token():
     """In one batch with a response that has one for all of its tokens."""
     rows = [sample(2, 1), sample(1, 3, advantage=torch.tensor([0.5, -1.0, 2.0]))]
-    for packing in ("", "flash"):
+    for packing in ("", "flash", "varlen"):
         advantages = collate(rows, pad_id=9, packing=packing)["advantages"]
         assert advantages.tolist() == [[1.0, 0.0, 0.0], [0.5, -1.0, 2.0]]
         assert advantages.dtype == torch.float32

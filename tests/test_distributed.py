@@ -59,7 +59,7 @@ def test_the_gradients_of_two_ranks_add_up_to_that_of_one(make_state, mode):
     for world, max_tokens in ((1, 10**6), (2, 60)):  # one micro-batch, and several
         state.policy.zero_grad()
         for rank in range(world):
-            for micro in micro_batches(samples, max_tokens, rank, world, packed=True):
+            for micro in micro_batches(samples, max_tokens, rank, world, "varlen"):
                 loss, _ = compute_loss(state.config, state.policy, make_batch(state, micro), 65, 4)
                 loss.backward()
         gradients[world] = torch.cat([p.grad.flatten() for p in state.policy.parameters()])
