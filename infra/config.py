@@ -240,12 +240,10 @@ def check_config(config: SimpleNamespace) -> None:
          "data.prompt_template has no {prompt}: every prompt would be the same"),
         (not groups, f"data.answer_regex {data.answer_regex!r} is not a regular expression with a "
          "group: put the answer in parentheses"),
-        (not split_list(data.answer_key) and not all(":" in name for name in names),
-         f"data.answer_key is empty, but reward.name={config.reward.name} needs answers: name their"
-         " column, or use reward functions of your own"),
-        (not isinstance(template_kwargs, dict) or "tokenize" in template_kwargs,
-         f"data.chat_template_kwargs={data.chat_template_kwargs!r} is not a JSON object of what a "
-         "chat template takes, such as '{\"enable_thinking\": false}'"),
+        (not split_list(data.answer_key) and any(":" not in name for name in names),
+         f"data.answer_key is empty, and reward.name={config.reward.name} needs answers"),
+        (not isinstance(template_kwargs, dict),
+         f"data.chat_template_kwargs={data.chat_template_kwargs!r} is not a JSON object"),
         (not weights or len(weights) != len(names) or not all(map(math.isfinite, weights)),
          f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
          "reward.name is expected, separated by commas"),

@@ -2,8 +2,7 @@
 
 A row needs a prompt (a text, or a list of chat messages) and an answer; the keys of the config's
 section `data` say in which columns they are. Their defaults know the usual names of columns and
-the layout of verl's data sets. Reward functions may use the other columns. docs/DATA.md says how
-public data sets are read.
+the layout of verl's data sets. Reward functions may use the other columns. See docs/DATA.md.
 """
 
 import ast
@@ -28,14 +27,12 @@ from infra.config import split_list
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
 HERE = " in the current directory: run from the repository root, or give an absolute path"
-
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
-CHAT_AS_TEXT = re.compile(
-    r"""\s*(array\()?\[\s*{\s*["'](role|content|from|value)["']\s*:.*[])]\s*""", re.DOTALL)
-OPEN_TAG = re.compile(r"<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$", re.DOTALL)
+CHAT_AS_TEXT = re.compile(r"(?s)\s*(array\()?\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*[])].*")
+OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$")
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
 
-RawPrompt = str | tuple[tuple[str, str], ...]  # a text; or a chat, (role, content) of each message
+Chat = tuple[tuple[str, str], ...]  # (role, content) of each message; a text is one of the user
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
@@ -58,18 +55,16 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
     """(location, row) for every line of a file that is not blank, or for every entry of a .json
-    file that is one array. A row that is a list of chat messages gets the column `messages`."""
+    file that is one array. A row that is a list of messages becomes its column `messages`."""
     with open(path, "rb") as file:
-        # Of a line that is longer, the part so far is not valid JSON.
         place, lines = f"{path}:", iter(lambda: file.readline(MAX_LINE), b"")
         if path.lower().endswith(".json") and re.match(rb"(\xef\xbb\xbf)?\s*\[", file.peek()):
             try:
                 place, lines = f"{path}: row ", map(json.dumps, json.load(file))
             except (ValueError, RecursionError) as error:
-                if not str(error).startswith("Extra data"):  # as where each line is a list
-                    raise ValueError(f"{path}: not a JSON array ({error}): fix the file") from None
-                file.seek(0)
-        for number, line in enumerate(lines, 1):
+                raise ValueError(f"{path}: no JSON array ({error}): fix it, or if each of its lines"
+                                 " is a row, name it .jsonl") from None
+        for number, line in enumerate(lines, 1):  # of a longer line, the start is not valid JSON
             if not line.strip():
                 continue
             try:
@@ -136,44 +131,37 @@ def parse_list(text: str) -> list:
 
 
 def read_message(message: dict) -> tuple[str, str]:
-    """(role, content) of a chat message, which may call them `from` and `value`. Raises ValueError
-    with the cause if it has something else than text."""
+    """(role, content) of a chat message. Raises ValueError with it if they are not text."""
     role, content = message.get("role") or message.get("from"), message.get("content")
     if content is None:
         content = message.get("value", find_column(message, "ground_truth.value"))
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
         content = "".join(part["text"] for part in content)
     if message.get("tool_calls") or not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f", all of them text: one is {repr(message)[:60]}")
+        raise ValueError(f" as text: one is {repr(message)[:80]},")
     return ROLES.get(role.lower(), role), content
 
 
-def read_raw_prompt(location: str, row: dict,
-                    data: SimpleNamespace) -> tuple[RawPrompt, str | None]:
+def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, str | None]:
     """A row's prompt before the templates, and the solution that its chat ends with, or None.
 
-    The assistant's words at the end are a solution, unless they leave a tag such as <think> open:
-    then the policy continues them. Raises ValueError, with `location`, without a prompt.
+    What the assistant says last is a solution, unless it leaves a tag such as <think> open: then
+    the policy continues it. Raises ValueError, with `location`, without a prompt.
     """
-    raw, cause = find_column(row, data.prompt_key), ""
-    if isinstance(raw, str):
-        if not CHAT_AS_TEXT.fullmatch(raw):
-            return raw, None
-        raw, cause = parse_list(raw), " in JSON"
+    raw = find_column(row, data.prompt_key)
+    if isinstance(raw, str) and not CHAT_AS_TEXT.fullmatch(raw):
+        return (("user", raw),), None
     try:
-        chat = [read_message(message) for message in raw]
-        last = chat.pop()[1] if chat and chat[-1][0] == "assistant" else None
-        if chat and chat[-1][0] != "assistant":
-            if last is None or not OPEN_TAG.search(last):
-                return tuple(chat), last
-            return (*chat, ("assistant", last)), None
-        cause = cause if last is None else ", of which another's comes before the assistant's"
-    except ValueError as error:
-        cause = str(error)
-    except (TypeError, AttributeError, KeyError):  # no list, or not of dicts
-        pass
-    raise column_error(location, row, data, "prompt_key",
-                       f"text or list of chat messages with `role` and `content`{cause}")
+        chat = [read_message(part) for part in (parse_list(raw) if isinstance(raw, str) else raw)]
+        last = chat.pop() if chat[-1][0] == "assistant" else None
+        if chat[-1][0] == "assistant":
+            raise ValueError(", of which another's comes before the assistant's")
+        to_continue = last and OPEN_TAG.search(last[1])
+        return ((*chat, last), None) if to_continue else (tuple(chat), last and last[1])
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        cause = error if type(error) is ValueError else ""  # else no list, or not of messages
+        raise column_error(location, row, data, "prompt_key", "text or list of chat messages with "
+                           f"`role` and `content`{cause}") from None
 
 
 def read_answer(location: str, row: dict, data: SimpleNamespace, solution: str | None) -> str:
@@ -181,23 +169,18 @@ def read_answer(location: str, row: dict, data: SimpleNamespace, solution: str |
     names no column. Raises ValueError, with `location`, without an answer."""
     if not split_list(data.answer_key):
         return ""
-    answer, expected = find_column(row, data.answer_key), "text or number"
-    answer = solution if answer is None else answer
+    answer = find_column(row, data.answer_key)
+    entries = answer = solution if answer is None else answer
     if isinstance(answer, str) and re.match(r"\s*\[\s*[\"']", answer):
         entries = parse_list(answer)
-        answer = entries[0] if len(entries) == 1 and isinstance(entries[0], str) else answer
-    if isinstance(answer, list) and len(answer) == 1:
-        (answer,) = answer
-        if isinstance(answer, dict) and "content" in answer:  # a completion of one message
-            answer = answer["content"]
-    elif isinstance(answer, list):
-        expected = f"single text or number, but {len(answer)} entries,"
+    answer = entries[0] if isinstance(entries, list) and len(entries) == 1 else answer
+    if isinstance(answer, dict):  # a completion of one message
+        answer = answer.get("content")
     if isinstance(answer, float | Decimal):
         # As answers are written: 0.00001, not 1e-5; 72, which a column with a gap makes 72.0.
-        answer = f"{Decimal(str(answer)):f}"
-        answer = answer.rstrip("0").rstrip(".") if "." in answer else answer
+        answer = re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", f"{Decimal(str(answer)):f}")
     if answer == "" or isinstance(answer, bool) or not isinstance(answer, str | int):
-        raise column_error(location, row, data, "answer_key", expected)
+        raise column_error(location, row, data, "answer_key", "single text or number")
     if not data.answer_regex:
         return str(answer)
     match = re.search(data.answer_regex, str(answer))
@@ -217,40 +200,35 @@ def column_error(location: str, row: dict, data: SimpleNamespace, key: str,
                       f" set data.{key}{none}, or fix the row")
 
 
-def check_other_columns(location: str, source: str, row: dict, prompt: str,
-                        warn: Callable[[str], None]) -> None:
-    """Warn of columns that are not read. Raises ValueError, with `location`, if `prompt` lacks the
-    choices that go with it."""
+def check_columns(location: str, source: str, row: dict, prompt: str, log: Callable) -> None:
+    """Warn of columns that are not read. Raises ValueError if `prompt` lacks the row's choices."""
     for name in ("tools", "system", "image", "images"):
-        if row.get(name):
-            warn(f"{source}: the column `{name}` is not read, and rollouts are of text and of one "
-                 "turn: write what the policy needs of it into the prompt")
-    choices = row.get("choices") or row.get("options") or ""
-    if isinstance(choices, dict):
-        choices = choices.get("text") or choices.values()
-    if any(str(choice) not in prompt for choice in choices):
-        raise ValueError(f"{location}: the prompt lacks the row's choices: write them into it, or "
-                         "delete their column")
+        if row.get(name) and row[name] not in ("[]", "{}", "null"):
+            log(f"warning: {source}: column `{name}` is not read: rollouts are of text, of one turn")
+    choices = row.get("choices") or row.get("options")
+    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    if isinstance(choices, list) and any(str(choice) not in prompt for choice in choices):
+        raise ValueError(f"{location}: the prompt lacks the choices {repr(choices)[:60]}: write "
+                         "them into it, or delete their column")
 
 
-def tokenize(location: str, raw: RawPrompt, tokenizer, data: SimpleNamespace,
-             warn: Callable[[str], None]) -> tuple[str, list[int]]:
+def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
+             log: Callable[[str], None]) -> tuple[str, list[int]]:
     """The text that the policy reads for a prompt, and its token ids.
 
-    The prompt template applies to the last message, or to the one before the assistant's words that
-    the policy continues. Without a chat template, messages become paragraphs. `warn` gets what is
-    odd. Raises ValueError, with `location`, if the chat template or the tokenizer fails.
+    The prompt template applies to the last message that is not the assistant's. Without a chat
+    template, messages become paragraphs. `log` gets warnings. Raises ValueError, with
+    `location`, if the chat template or the tokenizer fails.
     """
-    messages = (("user", raw),) if isinstance(raw, str) else raw
     chat = [{"role": role, "content": text} for role, text in messages]
     to_continue = chat[-1]["role"] == "assistant"
     last = chat[-1 - to_continue]
     last["content"] = data.prompt_template.replace("{prompt}", last["content"])
     templated = bool(data.apply_chat_template and tokenizer.chat_template)
     text = "\n\n".join(message["content"] for message in chat)
-    options = {"strftime_now": lambda form: warn(
-        f"the chat template writes a date, always {TODAY:%d %b %Y} so that prompts stay the same: "
-        """data.chat_template_kwargs='{"date_string": "1 Dec 2026"}' sets another""")
+    options = {"strftime_now": lambda form: log(
+        f"warning: the chat template writes a date, {TODAY:%d %b %Y} on all days, or another by "
+        """data.chat_template_kwargs, for example '{"date_string": "1 Dec 2026"}'""")
         or TODAY.strftime(form)} | json.loads(data.chat_template_kwargs or "{}")
     try:
         if templated:
@@ -262,43 +240,42 @@ def tokenize(location: str, raw: RawPrompt, tokenizer, data: SimpleNamespace,
     except Exception as error:
         raise ValueError(f"{location}: the prompt cannot be tokenized ({type(error).__name__}: "
                          f"{error}): fix or delete the row") from error
-    if templated and text.rstrip().endswith(tokenizer.eos_token or "\0"):
-        warn(f"the chat template ends prompts with the end of a response, {tokenizer.eos_token}: "
-             "see data.apply_chat_template and data.chat_template_kwargs")
-    elif ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
-        warn(f"the tokenizer appends the end of a response, {tokenizer.eos_token}, to prompts: "
-             "it is removed")
+    eos = tokenizer.eos_token
+    if templated and eos and text.rstrip().endswith(eos):
+        log(f"warning: the chat template ends prompts with {eos}, which ends responses: see "
+            "data.apply_chat_template and data.chat_template_kwargs")
+    elif ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
+        log(f"warning: the tokenizer appends {eos}, which ends responses, to prompts: it is removed")
         ids.pop()
     return text, ids
 
 
 def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int = 0,
-                 seen: dict[RawPrompt, Prompt] | None = None,
-                 log: Callable[[str], None] = lambda line: None,
-                 warn: Callable[[str], None] = lambda line: None) -> tuple[list[Prompt], Counter]:
+                 seen: dict[Chat, Prompt] | None = None,
+                 log: Callable[[str], None] = lambda line: None) -> tuple[list[Prompt], Counter]:
     """The prompts of a source (its first `max_prompts`, if positive), and what was counted.
 
-    `log` gets the counts as a line: `rows` read, those whose prompt is `repeated`, those of these
-    `with another answer`, `overlong` ones, and chats without the solution that they ended with.
-    `warn` gets further warnings, often the same. `seen` holds the first of equal prompts, of
-    earlier sources too. Equal rows share one `Prompt`. Raises ValueError for unusable data.
+    `log` gets warnings, again and again, and the counts as a line: `rows` read, those whose prompt
+    is `repeated`, those of these `with another answer`, `overlong` ones, chats `without the
+    solution` at their end. `seen` holds the first of equal prompts, of earlier sources too.
+    Equal rows share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
     seen = {} if seen is None else seen
     for location, row in tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
                               disable=os.environ.get("RANK", "0") != "0"):
-        raw, solution = read_raw_prompt(location, row, data)
-        prompt = first = seen.get(raw)
+        chat, solution = read_chat(location, row, data)
+        prompt = first = seen.get(chat)
         if not first or first.row != row:
             text, ids = (first.text, first.token_ids) if first else tokenize(
-                location, raw, tokenizer, data, warn)
-            check_other_columns(location, source, row, text, warn)
+                location, chat, tokenizer, data, log)
+            check_columns(location, source, row, text, log)
             answer = read_answer(location, row, data, solution)
             prompt = Prompt(counts["rows"], text, ids, answer, row)
-            seen.setdefault(raw, prompt)
+            seen.setdefault(chat, prompt)
         counts["rows"] += 1
-        if solution is not None and (not data.answer_key or find_column(row, data.answer_key)):
-            counts["without the solution at the end"] += 1
+        if solution and (not data.answer_key or find_column(row, data.answer_key) is not None):
+            counts["without the solution"] += 1
         if first:
             counts["repeated"] += 1
             counts["with another answer"] += first.answer != prompt.answer
@@ -334,17 +311,17 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
     `log` gets a line on each file, and warnings. Raises ValueError for unusable data.
     """
     train, seen, val = [], {}, {}
-    warn = cache(lambda line: log(f"warning: {line}"))  # prints each line once
+    log = cache(log)  # says the same once
     for source in split_list(config.data.train_file) if training else []:
-        train += load_prompts(source, tokenizer, config.data, 0, seen, log, warn)[0]
+        train += load_prompts(source, tokenizer, config.data, 0, seen, log)[0]
     sources = split_list(config.val.file)
     paths = [Path(source.partition(":")[0]) for source in sources]
     names = [path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths]
     for name, source in zip(names, sources, strict=True):
-        known: dict[RawPrompt, Prompt] = {}
+        known: dict[Chat, Prompt] = {}
         try:
             prompts, _ = load_prompts(source, tokenizer, config.data, config.val.max_prompts,
-                                      known, log, warn)
+                                      known, log)
         except ValueError as error:
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` "
                              "trains without validation)") from error
