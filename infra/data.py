@@ -28,7 +28,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
-CHAT_AS_TEXT = re.compile(r"(?s)\s*(array\()?\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*[])].*")
+CHAT_AS_TEXT = re.compile(r"(?s)\s*(array\()?\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\](, dtype=object\))?\s*")
 OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$")
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
 
@@ -62,8 +62,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
             try:
                 place, lines = f"{path}: row ", map(json.dumps, json.load(file))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: no JSON array ({error}): fix it, or if each of its lines"
-                                 " is a row, name it .jsonl") from None
+                raise ValueError(f"{path}: no JSON array ({error}): fix it, or name it .jsonl") from None
         for number, line in enumerate(lines, 1):  # of a longer line, the start is not valid JSON
             if not line.strip():
                 continue
@@ -82,8 +81,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_table(source: str) -> Iterator[tuple[str, dict]]:
-    """(location, row) for every row of a Parquet file, or of a data set on the hub or in a
-    directory, without holding all of them."""
+    """(location, row) for each row of a Parquet file, or of a data set on the hub or on disk."""
     path, *config, split = source.split(":") if ":" in source else (source, "train")
     number = 0
     try:
@@ -122,11 +120,10 @@ def find_column(row: dict, keys: str):
 
 
 def parse_list(text: str) -> list:
-    """The list that a text is in JSON or Python; [] if it is none."""
+    """The list that a text which begins with a bracket is, in JSON or Python; [] if it is none."""
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            if isinstance(value := parse(text.strip()), list):
-                return value
+            return list(parse(text.strip()))
     return []
 
 
@@ -143,11 +140,9 @@ def read_message(message: dict) -> tuple[str, str]:
 
 
 def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, str | None]:
-    """A row's prompt before the templates, and the solution that its chat ends with, or None.
-
-    What the assistant says last is a solution, unless it leaves a tag such as <think> open: then
-    the policy continues it. Raises ValueError, with `location`, without a prompt.
-    """
+    """A row's prompt before the templates, and the solution that its chat ends with, or None: what
+    the assistant says last, unless it leaves a tag such as <think> open, for the policy to continue.
+    Raises ValueError, with `location`, without a prompt."""
     raw = find_column(row, data.prompt_key)
     if isinstance(raw, str) and not CHAT_AS_TEXT.fullmatch(raw):
         return (("user", raw),), None
@@ -160,22 +155,21 @@ def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, st
         return ((*chat, last), None) if to_continue else (tuple(chat), last and last[1])
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         cause = error if type(error) is ValueError else ""  # else no list, or not of messages
-        raise column_error(location, row, data, "prompt_key", "text or list of chat messages with "
-                           f"`role` and `content`{cause}") from None
+        raise column_error(location, row, data, "prompt_key", "text or list of chat messages (or its "
+                           f"JSON) with `role` and `content`{cause}") from None
 
 
-def read_answer(location: str, row: dict, data: SimpleNamespace, solution: str | None) -> str:
-    """The answer of a row, or else the `solution` that its chat ends with; "" if `data.answer_key`
+def read_answer(location: str, row: dict, data: SimpleNamespace, ending: str | None) -> str:
+    """The answer of a row, or else the solution that its chat ends with; "" if `data.answer_key`
     names no column. Raises ValueError, with `location`, without an answer."""
     if not split_list(data.answer_key):
         return ""
     answer = find_column(row, data.answer_key)
-    entries = answer = solution if answer is None else answer
+    entries = answer = ending if answer is None else answer
     if isinstance(answer, str) and re.match(r"\s*\[\s*[\"']", answer):
         entries = parse_list(answer)
     answer = entries[0] if isinstance(entries, list) and len(entries) == 1 else answer
-    if isinstance(answer, dict):  # a completion of one message
-        answer = answer.get("content")
+    answer = answer.get("content") if isinstance(answer, dict) else answer  # a message
     if isinstance(answer, float | Decimal):
         # As answers are written: 0.00001, not 1e-5; 72, which a column with a gap makes 72.0.
         answer = re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", f"{Decimal(str(answer)):f}")
@@ -204,7 +198,7 @@ def check_columns(location: str, source: str, row: dict, prompt: str, log: Calla
     """Warn of columns that are not read. Raises ValueError if `prompt` lacks the row's choices."""
     for name in ("tools", "system", "image", "images"):
         if row.get(name) and row[name] not in ("[]", "{}", "null"):
-            log(f"warning: {source}: column `{name}` is not read: rollouts are of text, of one turn")
+            log(f"warning: {source}: column `{name}` is not read: rollouts are text of one turn")
     choices = row.get("choices") or row.get("options")
     choices = list(choices.values()) if isinstance(choices, dict) else choices
     if isinstance(choices, list) and any(str(choice) not in prompt for choice in choices):
@@ -217,8 +211,7 @@ def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
     """The text that the policy reads for a prompt, and its token ids.
 
     The prompt template applies to the last message that is not the assistant's. Without a chat
-    template, messages become paragraphs. `log` gets warnings. Raises ValueError, with
-    `location`, if the chat template or the tokenizer fails.
+    template, messages become paragraphs. Raises ValueError, with `location`, if something fails.
     """
     chat = [{"role": role, "content": text} for role, text in messages]
     to_continue = chat[-1]["role"] == "assistant"
@@ -245,7 +238,7 @@ def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
         log(f"warning: the chat template ends prompts with {eos}, which ends responses: see "
             "data.apply_chat_template and data.chat_template_kwargs")
     elif ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(eos):
-        log(f"warning: the tokenizer appends {eos}, which ends responses, to prompts: it is removed")
+        log(f"warning: the tokenizer appends {eos}, which ends responses, to prompts: removed")
         ids.pop()
     return text, ids
 
@@ -264,17 +257,16 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
     seen = {} if seen is None else seen
     for location, row in tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
                               disable=os.environ.get("RANK", "0") != "0"):
-        chat, solution = read_chat(location, row, data)
+        chat, ending = read_chat(location, row, data)
         prompt = first = seen.get(chat)
         if not first or first.row != row:
             text, ids = (first.text, first.token_ids) if first else tokenize(
                 location, chat, tokenizer, data, log)
             check_columns(location, source, row, text, log)
-            answer = read_answer(location, row, data, solution)
-            prompt = Prompt(counts["rows"], text, ids, answer, row)
+            prompt = Prompt(counts["rows"], text, ids, read_answer(location, row, data, ending), row)
             seen.setdefault(chat, prompt)
         counts["rows"] += 1
-        if solution and (not data.answer_key or find_column(row, data.answer_key) is not None):
+        if ending and (not data.answer_key or find_column(row, data.answer_key) is not None):
             counts["without the solution"] += 1
         if first:
             counts["repeated"] += 1
@@ -286,9 +278,8 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
             if data.overlong_prompts == "drop":
                 continue
             if data.overlong_prompts == "error":
-                raise ValueError(
-                    f"{location}: {len(prompt.token_ids)} tokens, more than data.max_prompt_length="
-                    f"{longest}: raise it, or set data.overlong_prompts")
+                raise ValueError(f"{location}: {len(prompt.token_ids)} tokens, more than data.max_"
+                                 f"prompt_length={longest}: raise it, or set data.overlong_prompts")
             prompt = replace(prompt, token_ids=prompt.token_ids[-longest:])
         prompts.append(prompt)
         if len(prompts) == max_prompts:
