@@ -28,7 +28,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
-CHAT_AS_TEXT = re.compile(r"(?s)\s*(array\()?\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\](, dtype=object\))?\s*")
+CHAT_AS_TEXT = re.compile(r"(?s)\s*\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\]\s*")
 OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$")
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
 
@@ -62,7 +62,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
             try:
                 place, lines = f"{path}: row ", map(json.dumps, json.load(file))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: no JSON array ({error}): fix it, or name it .jsonl") from None
+                raise ValueError(f"{path}: no array ({error}): fix it, or name it .jsonl") from None
         for number, line in enumerate(lines, 1):  # of a longer line, the start is not valid JSON
             if not line.strip():
                 continue
@@ -141,7 +141,7 @@ def read_message(message: dict) -> tuple[str, str]:
 
 def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, str | None]:
     """A row's prompt before the templates, and the solution that its chat ends with, or None: what
-    the assistant says last, unless it leaves a tag such as <think> open, for the policy to continue.
+    the assistant says last, unless it leaves a tag (<think>) open, for the policy to continue.
     Raises ValueError, with `location`, without a prompt."""
     raw = find_column(row, data.prompt_key)
     if isinstance(raw, str) and not CHAT_AS_TEXT.fullmatch(raw):
@@ -154,18 +154,18 @@ def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, st
         to_continue = last and OPEN_TAG.search(last[1])
         return ((*chat, last), None) if to_continue else (tuple(chat), last and last[1])
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        cause = error if type(error) is ValueError else ""  # else no list, or not of messages
-        raise column_error(location, row, data, "prompt_key", "text or list of chat messages (or its "
-                           f"JSON) with `role` and `content`{cause}") from None
+        raise column_error(location, row, data, "prompt_key", "text or list of chat messages with "
+                           "`role` and `content`"
+                           f"{error if type(error) is ValueError else ', or JSON of it'}") from None
 
 
-def read_answer(location: str, row: dict, data: SimpleNamespace, ending: str | None) -> str:
-    """The answer of a row, or else the solution that its chat ends with; "" if `data.answer_key`
-    names no column. Raises ValueError, with `location`, without an answer."""
+def read_answer(location: str, row: dict, data: SimpleNamespace, end: str | None) -> str:
+    """The answer of a row, or else the `end` of its chat; "" if `data.answer_key` names no column.
+    Raises ValueError, with `location`, without an answer."""
     if not split_list(data.answer_key):
         return ""
     answer = find_column(row, data.answer_key)
-    entries = answer = ending if answer is None else answer
+    entries = answer = end if answer is None else answer
     if isinstance(answer, str) and re.match(r"\s*\[\s*[\"']", answer):
         entries = parse_list(answer)
     answer = entries[0] if isinstance(entries, list) and len(entries) == 1 else answer
@@ -208,11 +208,9 @@ def check_columns(location: str, source: str, row: dict, prompt: str, log: Calla
 
 def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
              log: Callable[[str], None]) -> tuple[str, list[int]]:
-    """The text that the policy reads for a prompt, and its token ids.
-
-    The prompt template applies to the last message that is not the assistant's. Without a chat
-    template, messages become paragraphs. Raises ValueError, with `location`, if something fails.
-    """
+    """The text that the policy reads for a prompt, and its token ids. The prompt template changes
+    the last message that is not the assistant's. Without a chat template, messages become
+    paragraphs. Raises ValueError, with `location`, if something fails."""
     chat = [{"role": role, "content": text} for role, text in messages]
     to_continue = chat[-1]["role"] == "assistant"
     last = chat[-1 - to_continue]
@@ -257,16 +255,16 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
     seen = {} if seen is None else seen
     for location, row in tqdm(read_rows(source), source, unit=" rows", delay=3, leave=False,
                               disable=os.environ.get("RANK", "0") != "0"):
-        chat, ending = read_chat(location, row, data)
+        chat, end = read_chat(location, row, data)
         prompt = first = seen.get(chat)
         if not first or first.row != row:
             text, ids = (first.text, first.token_ids) if first else tokenize(
                 location, chat, tokenizer, data, log)
             check_columns(location, source, row, text, log)
-            prompt = Prompt(counts["rows"], text, ids, read_answer(location, row, data, ending), row)
+            prompt = Prompt(counts["rows"], text, ids, read_answer(location, row, data, end), row)
             seen.setdefault(chat, prompt)
         counts["rows"] += 1
-        if ending and (not data.answer_key or find_column(row, data.answer_key) is not None):
+        if end and (not data.answer_key or find_column(row, data.answer_key) is not None):
             counts["without the solution"] += 1
         if first:
             counts["repeated"] += 1
@@ -318,6 +316,5 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
                              "trains without validation)") from error
         val[name if names.count(name) == 1 else source] = prompts
         if leaked := len(known.keys() & seen.keys()):
-            log(f"warning: {source}: {leaked} of its {len(known)} prompts are in data.train_file "
-                "too")
+            log(f"warning: {source}: {leaked} of {len(known)} prompts are in data.train_file too")
     return Data(train, val)
