@@ -230,7 +230,7 @@ def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
         ids = tokenizer.encode(text, add_special_tokens=not templated)
     except Exception as error:
         raise ValueError(f"{location}: the prompt cannot be tokenized ({type(error).__name__}: "
-                         f"{error}): fix or delete the row") from error
+                         f"{error}): fix the row, or data.chat_template_kwargs") from error
     eos = tokenizer.eos_token
     if templated and eos and text.rstrip().endswith(eos):
         log(f"warning: the chat template ends prompts with {eos}, which ends responses: see "
@@ -247,8 +247,8 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
     """The prompts of a source (its first `max_prompts`, if positive), and what was counted.
 
     `log` gets warnings, again and again, and the counts as a line: `rows` read, those whose prompt
-    is `repeated`, those of these `with another answer`, `overlong` ones, chats `without the
-    solution` at their end. `seen` holds the first of equal prompts, of earlier sources too.
+    is `repeated`, those of these `with another answer`, `overlong` ones, and chats without the
+    solution at their end. `seen` holds the first of equal prompts, of earlier sources too.
     Equal rows share one `Prompt`. Raises ValueError for unusable data.
     """
     prompts, counts, longest = [], Counter(), data.max_prompt_length
@@ -265,7 +265,7 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
             seen.setdefault(chat, prompt)
         counts["rows"] += 1
         if end and (not data.answer_key or find_column(row, data.answer_key) is not None):
-            counts["without the solution"] += 1
+            counts["without the assistant's last message"] += 1
         if first:
             counts["repeated"] += 1
             counts["with another answer"] += first.answer != prompt.answer

@@ -330,7 +330,7 @@ GOOD = {"prompt": "a1", "answer": "1"}
         ([{"prompt": "a2", "answer": True}], ":1: no single text or number .*found True.*fix the row"),
         (
             [GOOD, '{"prompt": "a\\ud800", "answer": "1"}'],
-            ":2: the prompt cannot be tokenized .*fix or delete the row",
+            ":2: the prompt cannot be tokenized .*fix the row, or data.chat",
         ),
         ([GOOD, "x" * 10_000_000], ":2: a JSON object in UTF-8 of at most 4 MiB .*fix or delete"),
         ([], ": none of 0 rows is a new prompt"),
@@ -454,7 +454,7 @@ def test_a_template_that_refuses_is_named_with_the_row(path, chat):
     write(path, GOOD, {"prompt": [{"role": "system", "content": "a"}], "answer": "1"})
     with pytest.raises(
         ValueError,
-        match="data.jsonl:2: the prompt cannot be tokenized .*no system turns.*fix or delete",
+        match="data.jsonl:2: the prompt cannot be tokenized .*no system turns.*fix the row, or data.chat",
     ):
         load_prompts(str(path), chat, how())
 
