@@ -48,9 +48,6 @@ READ = {
     "aime_2024 (HuggingFaceH4)": (
         "parquet", {"id": 60, "problem": "a1 b+2?", "solution": SOLVED, "answer": "003",
                     "url": "u", "year": "2024"}, [], ASKED, "003"),
-    "AIME_2024 (Maxwell-Jia)": (
-        "parquet", {"ID": "2024-I-1", "Problem": "a1 b+2?", "Solution": SOLVED, "Answer": 3},
-        [], ASKED, "3"),
     "AIME2025 (opencompass)": ("jsonl", {"question": "a1 b+2?", "answer": "3"}, [], ASKED, "3"),
     "aime_2025 (MathArena)": (
         "parquet", {"problem_idx": 1, "problem": "a1 b+2?", "answer": 3, "problem_type": ["A"]},
@@ -130,6 +127,9 @@ READ = {
     "TRL, conversational prompt-completion": (
         "parquet", {"prompt": [user()], "completion": [assistant()]}, [], ASKED, "3"),
     # with keys
+    "AIME_2024 (Maxwell-Jia)": (
+        "parquet", {"ID": "2024-I-1", "Problem": "a1 b+2?", "Solution": SOLVED, "Answer": 3},
+        ["data.prompt_key=Problem", "data.answer_key=Answer"], ASKED, "3"),
     "gsm8k (openai)": (
         "parquet", {"question": "a1 b+2?", "answer": "1+2=<<1+2=3>>3\n#### 3"},
         [HASHES], ASKED, "3"),
