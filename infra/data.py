@@ -27,7 +27,7 @@ from infra.config import split_list
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of another kind
 HERE = " in the current directory: run from the repository root, or give an absolute path"
-ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant")
 CHAT_AS_TEXT = re.compile(r"(?s)\s*\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\]\s*")
 OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$")
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
@@ -136,7 +136,7 @@ def read_message(message: dict) -> tuple[str, str]:
         content = "".join(part["text"] for part in content)
     if message.get("tool_calls") or not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f" as text: one is {repr(message)[:80]},")
-    return ROLES.get(role.lower(), role), content
+    return ROLES.get(role.lower(), role.lower()), content
 
 
 def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, str | None]:
@@ -149,8 +149,8 @@ def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, st
     try:
         chat = [read_message(part) for part in (parse_list(raw) if isinstance(raw, str) else raw)]
         last = chat.pop() if chat[-1][0] == "assistant" else None
-        if chat[-1][0] == "assistant":
-            raise ValueError(", of which another's comes before the assistant's")
+        if chat[-1][0] not in ("user", "tool", "system", "developer"):
+            raise ValueError(f", of which {chat[-1][0]!r} is not the last that the policy reads")
         to_continue = last and OPEN_TAG.search(last[1])
         return ((*chat, last), None) if to_continue else (tuple(chat), last and last[1])
     except (ValueError, TypeError, AttributeError, LookupError) as error:

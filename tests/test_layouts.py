@@ -144,7 +144,7 @@ READ = {
     "SVAMP (ChilleD)": (
         "parquet", {"ID": "c-1", "Body": "a1", "Question": "b+2?", "Equation": "( 1 + 2 )",
                     "Answer": "3", "Type": "Addition", "question_concat": "a1 b+2?"},
-        ["data.prompt_key=question_concat"], ASKED, "3"),
+        ["data.prompt_key=question_concat", "data.answer_key=Answer"], ASKED, "3"),
     "Calc-mawps": (
         "parquet", {"id": "m", "question": "a1 b+2?", "chain": "c", "result": "3",
                     "result_float": 3.0, "equation": "x=1+2", "expression": "1+2"},
