@@ -150,7 +150,7 @@ def read_chat(location: str, row: dict, data: SimpleNamespace) -> tuple[Chat, st
         chat = [read_message(part) for part in (parse_list(raw) if isinstance(raw, str) else raw)]
         last = chat.pop() if chat[-1][0] == "assistant" else None
         if chat[-1][0] not in ("user", "tool", "system", "developer"):
-            raise ValueError(f", of which {chat[-1][0]!r} is not the last that the policy reads")
+            raise ValueError(f", the user's last or before a solution, not {chat[-1][0]!r}'s,")
         to_continue = last and OPEN_TAG.search(last[1])
         return ((*chat, last), None) if to_continue else (tuple(chat), last and last[1])
     except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -218,8 +218,8 @@ def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
     templated = bool(data.apply_chat_template and tokenizer.chat_template)
     text = "\n\n".join(message["content"] for message in chat)
     options = {"strftime_now": lambda form: log(
-        f"warning: the chat template writes a date, {TODAY:%d %b %Y} on all days, or another by "
-        """data.chat_template_kwargs, for example '{"date_string": "1 Dec 2026"}'""")
+        f"warning: the chat template writes a date, {TODAY:%d %b %Y} on all days: another by "
+        """data.chat_template_kwargs='{"date_string": "1 Dec 2026"}', or its own name of it""")
         or TODAY.strftime(form)} | json.loads(data.chat_template_kwargs or "{}")
     try:
         if templated:
@@ -315,6 +315,6 @@ def load_data(config: SimpleNamespace, tokenizer, log: Callable[[str], None],
             raise ValueError(f"{error} (val.file is read with the same data.* keys; `val.file=` "
                              "trains without validation)") from error
         val[name if names.count(name) == 1 else source] = prompts
-        if leaked := len(known.keys() & seen.keys()):
-            log(f"warning: {source}: {leaked} of {len(known)} prompts are in data.train_file too")
+        if both := len(known.keys() & seen.keys()):
+            log(f"warning: {source}: {both} of its {len(known)} prompts are in data.train_file too")
     return Data(train, val)

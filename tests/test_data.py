@@ -274,7 +274,7 @@ def test_what_ruins_runs_is_said_at_the_start(path, tokenizer):
     assert said == [
         f"warning: {path}: 5 prompts of 5 rows, 3 repeated, 1 with another answer, 1 overlong: see "
         "data.dedup, data.answer_key, data.overlong_prompts and data.max_prompt_length=3",
-        f"warning: {path}: 2 of 2 prompts are in data.train_file too",
+        f"warning: {path}: 2 of its 2 prompts are in data.train_file too",
     ]
 
 
