@@ -29,7 +29,7 @@ MAX_LINE = 4 * 2**20  # bytes of a row of JSONL; a file with a longer line is of
 HERE = " in the current directory: run from the repository root, or give an absolute path"
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant")
 CHAT_AS_TEXT = re.compile(r"(?s)\s*\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\]\s*")
-OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<\w+>\s*$")
+OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<(?!e(nd|o)|br|hr)\w+>\s*$")
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
 
 Chat = tuple[tuple[str, str], ...]  # (role, content) of each message; a text is one of the user
@@ -218,8 +218,8 @@ def tokenize(location: str, messages: Chat, tokenizer, data: SimpleNamespace,
     templated = bool(data.apply_chat_template and tokenizer.chat_template)
     text = "\n\n".join(message["content"] for message in chat)
     options = {"strftime_now": lambda form: log(
-        f"warning: the chat template writes a date, {TODAY:%d %b %Y} on all days: another by "
-        """data.chat_template_kwargs='{"date_string": "1 Dec 2026"}', or its own name of it""")
+        f"warning: the chat template writes a date, {TODAY:%d %b %Y} on all days: if it has a name "
+        """for it, data.chat_template_kwargs='{"date_string": "1 Dec 2026"}' sets another""")
         or TODAY.strftime(form)} | json.loads(data.chat_template_kwargs or "{}")
     try:
         if templated:

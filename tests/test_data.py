@@ -494,7 +494,8 @@ def test_an_open_tag_of_the_assistant_is_continued(path, chat, words):
         load_rows(path, chat, {"prompt": [ASK, say(words)]})
 
 
-@pytest.mark.parametrize("words", ["3", "<think>so</think>3", "if a <b> c", "vector<int> v;", ""])
+@pytest.mark.parametrize("words", ["3", "<think>so</think>3", "if a <b> c", "vector<int> v;",
+                                   "3<end_of_turn>", "3 <eos>", "3<br>\n", ""])
 def test_a_solution_of_the_assistant_is_never_in_the_prompt(path, chat, words):
     """It is the answer if no column has one; if one has, or answers are off, it is left out."""
     with_answer = {"messages": [ASK, say(words)], "answer": "7"}
