@@ -527,7 +527,7 @@ def test_a_chat_whose_last_reader_is_unclear_is_refused(path, chat, rows):
 
 
 @pytest.mark.parametrize("text", [
-    '[{"role": "system", "content": ""}, {"role": "user", "content": "a\\u0031"}]',
+    '[{"role": "system", "content": ""}, {"role": "user", "content": "a\\u0031", "name": null}]',
     "[{'content': '', 'role': 'system'},\n {'content': 'a1', 'role': 'user'}]",
     ' [{"from": "system", "value": ""}, {"from": "human", "value": "a1"}]\n'])
 def test_text_that_is_a_list_of_messages_is_that_list(path, chat, text):
@@ -535,7 +535,8 @@ def test_text_that_is_a_list_of_messages_is_that_list(path, chat, text):
     assert prompt.text == "<system><user>a1?"
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '["a", "b"]', '[{"a": 1}]', "[x] is {'role': 1}", "[{"])
+@pytest.mark.parametrize("text", ["[1, 2]", '["a", "b"]', '[{"a": 1}]', "[x] is {'role': 1}", "[{",
+                                  "[{'role': 'user', 'content': 'x'}][0] is?"])
 def test_other_text_in_brackets_stays_text(path, chat, text):
     (prompt,), _ = load_rows(path, chat, {"prompt": text, "answer": "1"})
     assert prompt.text == f"<user>{text}?"
