@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
             [{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"],
             "data.jsonl:2: a JSON object .* is expected",
         ),
-        ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no text or number in 'answer,"),
+        ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no single text or number in 'reward_model.ground_truth,"),
         ([], "data.jsonl: none of 0 rows is"),
     ],
 )
