@@ -4,6 +4,7 @@ Each finding is one warning that names the key to set. Without it, a run would t
 responses that never end, or are never right.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from types import SimpleNamespace
@@ -75,7 +76,8 @@ def check_stop_tokens(config: SimpleNamespace, tokenizer, stop_ids: Sequence[int
     answer = "the answer"
     chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        options = json.loads(config.data.chat_template_kwargs or "{}")
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except Exception:  # a template may refuse such a chat, with an error of any kind
         return
     after = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
