@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from data_types import Score, Task
-from reward import score_math, score_math_strict_box, score_math_verify
+from infra.math_verify import score_math_verify
+from reward import score_math, score_math_strict_box
 
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}

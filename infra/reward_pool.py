@@ -20,8 +20,9 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from data_types import Prompt, Score, Task
+from infra.math_verify import answer_or_box
 from infra.reward_function import is_group_reward, load_reward_function, score_task
-from reward import answer_or_box, failed_score, weighted_sum
+from reward import failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
 MEMORY = 8 * 2**30  # bytes of address space for each worker

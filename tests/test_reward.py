@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_types import Score, Task
+from infra.math_verify import score_math_verify
 from infra.reward_function import load_reward_function, score_task
 from reward import (
     failed_score,
@@ -17,7 +18,6 @@ from reward import (
     overlong_penalty,
     score_math,
     score_math_strict_box,
-    score_math_verify,
     weighted_sum,
 )
 
