@@ -5,7 +5,8 @@ A reward function of your own is `reward.name=path/to/file.py:function`. It is c
 if it takes `**row`; an argument called `response_length` gets the response's length in tokens, EOS
 included. A *group reward*, whose first argument is called `responses`, gets all responses of a
 prompt (and the list of their lengths) and returns a list of scores. A score is a number; a dict
-with `score` and optionally `acc`, `pred` and further values; or a `reward.Score`.
+with `score` and optionally `acc`, `pred` and further values; or a `reward.Score`. An `async def`
+function is awaited. Its imports find files beside it first, this repository's last.
 """
 
 import importlib.util
@@ -13,9 +14,11 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Coroutine, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from data_types import Score, Task
 from infra.math_verify import score_math_verify
@@ -24,6 +27,7 @@ from reward import score_math, score_math_strict_box
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}
 signature_of = lru_cache(inspect.signature)
+OURS = Path(__file__).resolve().parent.parent
 
 
 def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callable:
@@ -37,19 +41,51 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
                          "path/to/file.py:function")
     if not Path(path).is_file():
         raise ValueError(f"reward.name: {name!r}: there is no file {Path(path).absolute()}")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
-    sys.path.append(str(Path(path).resolve().parent))  # for imports from the file's own directory
     try:
-        spec.loader.exec_module(module)
+        module = import_file(Path(path).resolve())
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward.name: cannot import {path}: "
-                         f"{describe_error(error, module.__file__)}") from error
+                         f"{describe_error(error, str(Path(path).resolve()))}") from error
     if not callable(function := getattr(module, function_name, None)):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")
+    if not (inspect.isroutine(function) or inspect.isclass(function)
+            or isinstance(function, partial)):
+        function = function.__call__  # of an object, which need not be hashable
+    problem = ("is a class: name an object of it" if inspect.isclass(function) else
+               "has a `yield`: let it return its score" if inspect.isgeneratorfunction(function)
+               or inspect.isasyncgenfunction(function) else "")
+    try:
+        signature_of(function)
+    except ValueError:  # of a function written in C
+        problem = "does not tell its arguments: call it in a function of your own"
+    if problem:
+        raise ValueError(f"reward.name: {name} {problem}")
     for row in example_rows:
         keyword_arguments(function, row)
     return function
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module in a file. Its imports look beside it and around its package, then in libraries,
+    then in the working directory, then here."""
+    directory = root = path.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    for name in ("reward", "data_types", "infra"):  # a file of the user's own, called like ours
+        beside = {directory / f"{name}.py", directory / name / "__init__.py"} - {path}
+        if directory != OURS and any(map(Path.is_file, beside)):
+            for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
+                del sys.modules[loaded]
+    sys.path[:0] = [str(where) for where in dict.fromkeys([directory, root]) if where != OURS]
+    sys.path.insert(-1, str(Path.cwd()))
+    if root == directory and directory.is_relative_to(Path.cwd()):
+        root = Path.cwd()  # a package without __init__.py
+    name = ".".join((*directory.relative_to(root).parts, path.stem))
+    name = name if "." in name else f"reward_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
 
 
 def is_group_reward(function: Callable) -> bool:
@@ -80,6 +116,19 @@ def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0
 
 
 def score_task(function: Callable, task: Task) -> list[Score]:
+    """`await_scores` of a function that is not `async`."""
+    return finish(await_scores(function, task))
+
+
+def finish(coroutine: Coroutine) -> Any:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+
+
+async def await_scores(function: Callable, task: Task) -> list[Score]:
     """A score for each response of a prompt. Raises ValueError if the function fails, with the line
     in the function's own file, or if it returns something else than scores."""
     group = is_group_reward(function)
@@ -88,9 +137,11 @@ def score_task(function: Callable, task: Task) -> list[Score]:
     for response, length in [(task.responses, task.lengths)] if group else calls:
         arguments = keyword_arguments(function, task.row, length)
         try:
-            values.append(function(response, task.ground_truth, **arguments))
+            value = function(response, task.ground_truth, **arguments)
+            values.append(await value if inspect.iscoroutinefunction(function) else value)
         except Exception as error:
-            own_file = getattr(sys.modules.get(function.__module__), "__file__", None)
+            module = sys.modules.get(getattr(function, "func", function).__module__)
+            own_file = getattr(module, "__file__", None)
             raise ValueError("the reward function raised "
                              f"{describe_error(error, own_file)}") from error
     if group:
