@@ -104,7 +104,8 @@ def make_single_scorer(name: str, workers: int, timeout: float,
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
         if is_group:
-            return list(dict(sorted(score_calls(dict(enumerate(tasks))).items())).values())
+            scores = score_calls(dict(enumerate(tasks)))
+            return [scores[i] for i in range(len(tasks))]
         calls, keys = {}, []  # a call for each key: for each response, or for each distinct answer
         for i, task in enumerate(tasks):
             for j, (text, length) in enumerate(zip(task.responses, task.lengths, strict=True)):
@@ -219,30 +220,32 @@ def run_worker(fd: int) -> None:
 async def serve(function: Callable, trainer: Connection, examples: Sequence[Prompt],
                 timeout: float) -> None:
     """Call the function on an example, then reply to the trainer for ever."""
-    for prompt in examples:  # the first call may load more; whether it fails does not matter
-        responses = [f"Answer: {prompt.answer}", r"Answer: $rac{5\pi}{2}$"]  # right and wrong
-        await try_to_score(function, Task(responses, [9, 9], prompt.answer, prompt.row))
-    is_async, pid, running = inspect.iscoroutinefunction(function), os.getpid(), set()
-    trainer.send((is_group_reward(function), is_async))
+    pid, running = os.getpid(), set()
+    is_async = inspect.iscoroutinefunction(function)
 
-    async def reply(key: Any, task: tuple, timeout: float | None = None) -> None:
-        scores = await try_to_score(function, Task(*task), timeout)
+    def send(reply: Any) -> None:
         if os.getpid() != pid:  # a fork that the reward function made must not answer too
             os._exit(0)
-        trainer.send((key, scores if isinstance(scores, str) else [*map(astuple, scores)]))
+        trainer.send(reply)
 
+    async def reply(key: Any, task: tuple, timeout: float | None) -> None:
+        scores = await try_to_score(function, Task(*task), timeout)
+        send((key, scores if isinstance(scores, str) else [*map(astuple, scores)]))
+
+    for prompt in examples:  # the first call may load more; whether it fails does not matter
+        responses = [f"Answer: {prompt.answer}", r"Answer: $\frac{5\pi}{2}$"]  # right and wrong
+        await try_to_score(function, Task(responses, [9, 9], prompt.answer, prompt.row), None)
+    send((is_group_reward(function), is_async))
+    while not is_async:
+        await reply(*trainer.recv(), None)
     while True:
-        if not is_async:
-            await reply(*trainer.recv())
-            continue
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(reply(*await loop.run_in_executor(None, trainer.recv), timeout))
-        running.add(task)  # the loop itself would let it be collected
-        task.add_done_callback(running.discard)
+        task = await asyncio.to_thread(trainer.recv)
+        running.add(scoring := asyncio.create_task(reply(*task, timeout)))
+        scoring.add_done_callback(running.discard)  # until then, so that it is not collected
 
 
 async def try_to_score(function: Callable, task: Task,
-                       timeout: float | None = None) -> list[Score] | str:
+                       timeout: float | None) -> list[Score] | str:
     """The scores of a task, failed ones if the function fails or is late; a message if it lacks
     memory."""
     status = "error"
