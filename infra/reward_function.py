@@ -51,15 +51,15 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
     if not (inspect.isroutine(function) or inspect.isclass(function)
             or isinstance(function, partial)):
         function = function.__call__  # of an object, which need not be hashable
-    problem = ("is a class: name an object of it" if inspect.isclass(function) else
-               "has a `yield`: let it return its score" if inspect.isgeneratorfunction(function)
-               or inspect.isasyncgenfunction(function) else "")
     try:
-        signature_of(function)
-    except ValueError:  # of a function written in C
-        problem = "does not tell its arguments: call it in a function of your own"
-    if problem:
-        raise ValueError(f"reward.name: {name} {problem}")
+        signature_of(function)  # what is written in C may have none
+        unclear = (inspect.isclass(function) or inspect.isgeneratorfunction(function)
+                   or inspect.isasyncgenfunction(function))
+    except ValueError:
+        unclear = True
+    if unclear:
+        raise ValueError(f"reward.name: {name} is a class, has a `yield`, or does not tell its "
+                         "arguments: name a function that returns a score, or an object")
     for row in example_rows:
         keyword_arguments(function, row)
     return function

@@ -2,8 +2,8 @@
 
 `math` and `math_strict_box` do bounded work and run in the trainer. For any other reward function
 the trainer starts *workers*. A worker is a process that loads the function, calls it on an example,
-and then scores one task after the other; if the function is `async`, up to 64 at a time, and one
-that takes too long is cancelled. If a call blocks too long or lacks memory, the worker is killed
+and then scores one task after the other, or up to 64 at a time if the function is `async`: one that
+takes too long is then cancelled. If a call blocks too long or lacks memory, the worker is killed
 with all that it started, and another one takes its place with the next call. Workers end with the
 trainer, import neither torch nor the trainer's script, and see no Ctrl-C.
 """
@@ -14,25 +14,19 @@ import os
 import resource
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import astuple
+from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_types import Prompt, Score, Task
 from infra.math_verify import answer_or_box
-from infra.reward_function import (
-    await_scores,
-    finish,
-    is_group_reward,
-    load_reward_function,
-    score_task,
-)
+from infra.reward_function import await_scores, finish, is_group_reward, load_reward_function
 from reward import failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
@@ -76,42 +70,38 @@ def make_single_scorer(name: str, workers: int, timeout: float,
     """A scorer with one reward function; arguments and errors as in `make_scorer`."""
     if name in IN_TRAINER:
         function = load_reward_function(name)
-        return lambda tasks: [score_task(function, task) for task in tasks]
+        return lambda tasks: [finish(await_scores(function, task)) for task in tasks]
     idle, threads = SimpleQueue(), ThreadPoolExecutor(workers)
     for worker in [start_worker(name, examples, timeout) for _ in range(workers)]:  # in parallel
         is_group, is_async = wait_until_loaded(worker, name)
         idle.put(worker)
 
-    def score_some(tasks: deque) -> dict:
+    def call(tasks: Sequence[Task]) -> list[list[Score]]:
         worker = idle.get()
-        scores = {}
         try:
-            while tasks:
-                if worker.process.poll() is not None:  # killed after a failure, or died since
-                    kill(worker)
-                    worker = start_worker(name, examples, timeout)
-                    wait_until_loaded(worker, name)
-                scores |= score_in(worker, tasks, timeout, is_async)
+            if worker.process.poll() is not None:  # killed after a failure, or died since
+                kill(worker)
+                worker = start_worker(name, examples, timeout)
+                wait_until_loaded(worker, name)
+            return score_in(worker, tasks, timeout, 1.5 * timeout + 1 if is_async else timeout)
         finally:
             idle.put(worker)
-        return scores
 
-    def score_calls(calls: dict) -> dict:
-        todo, scores = deque(calls.items()), {}
-        for some in threads.map(score_some, [todo] * workers):
-            scores |= some
-        return scores
+    def call_all(tasks: Sequence[Task]) -> list[list[Score]]:
+        size = AT_A_TIME if is_async else 1
+        parts = [tasks[at:at + size] for at in range(0, len(tasks), size)]
+        return list(chain.from_iterable(threads.map(call, parts)))
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
         if is_group:
-            scores = score_calls(dict(enumerate(tasks)))
-            return [scores[i] for i in range(len(tasks))]
+            return call_all(tasks)
         calls, keys = {}, []  # a call for each key: for each response, or for each distinct answer
         for i, task in enumerate(tasks):
             for j, (text, length) in enumerate(zip(task.responses, task.lengths, strict=True)):
                 keys.append((i, answer_or_box(text) if name == "math_verify" else j))
                 calls[keys[-1]] = task._replace(responses=[text], lengths=[length])
-        scores, in_order = score_calls(calls), iter(keys)
+        scores = dict(zip(calls, call_all([*calls.values()]), strict=True))
+        in_order = iter(keys)
         return [[scores[next(in_order)][0] for _ in task.responses] for task in tasks]
     return score_all
 
@@ -156,33 +146,21 @@ def wait_until_loaded(worker: Worker, name: str) -> tuple[bool, bool]:
     return reply
 
 
-def score_in(worker: Worker, todo: deque, timeout: float, is_async: bool) -> dict:
-    """Takes tasks (key, task) from `todo` until there are none or the worker fails. Returns their
-    scores, by key. Kills a worker that takes too long, dies or lacks memory."""
-    sent, scores = {}, {}
-    most, limit = (AT_A_TIME, 1.5 * timeout + 1) if is_async else (1, timeout)
-    status, message = "timeout", f"the reward function took more than {timeout:g} s"
+def score_in(worker: Worker, tasks: Sequence[Task], timeout: float,
+             limit: float) -> list[list[Score]]:
+    """A score for each response. Kills a worker that takes longer than `limit` seconds, dies or
+    lacks memory."""
+    status, reply = "timeout", f"the reward function took more than {timeout:g} s"
     try:
-        while sent or (todo and worker.process.poll() is None):
-            with suppress(IndexError):  # there are no more
-                while len(sent) < most:
-                    key, task = todo.popleft()
-                    sent[key] = task
-                    worker.pipe.send((key, tuple(task)))
-            if not sent or not worker.pipe.poll(limit):
-                break
-            key, reply = worker.pipe.recv()
-            if isinstance(reply, str):
-                status, message = "error", reply
-                break
-            scores[key] = [Score(*values) for values in reply]
-            del sent[key]
+        worker.pipe.send([*map(tuple, tasks)])  # no classes: the user may have a data_types.py
+        if worker.pipe.poll(limit):
+            status, reply = "error", worker.pipe.recv()
     except (EOFError, OSError):
-        status, message = "error", f"the reward function's process died ({kill(worker)})"
-    if sent:
+        status, reply = "error", f"the reward function's process died ({kill(worker)})"
+    if isinstance(reply, str):
         kill(worker)
-    return scores | {key: [failed_score(status, [1.0], message)] * len(task.responses)
-                     for key, task in sent.items()}
+        return [[failed_score(status, [1.0], reply)] * len(task.responses) for task in tasks]
+    return [[Score(*values) for values in scores] for scores in reply]
 
 
 def kill(worker: Worker) -> int:
@@ -197,61 +175,43 @@ def kill(worker: Worker) -> int:
 
 def run_worker(fd: int) -> None:
     """Load the reward function, then score tasks, until the trainer closes its end of the pipe
-    `fd`. Replies whether it is a group reward and `async`, then the scores of each task, with its
-    key; or a message if it can do no more."""
+    `fd`. Replies whether it is a group reward and `async`, then the scores; or a message if it can
+    do no more."""
     with suppress(ValueError, OSError):  # macOS has no such limit; a lower one stays as it is
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.set_inheritable(fd, False)  # not for programs that the reward function starts
-    trainer = Connection(fd)
+    trainer, pid = Connection(fd), os.getpid()
     name, examples, timeout = trainer.recv()
     try:
         function = load_reward_function(name, [prompt.row for prompt in examples])
     except Exception as error:
         return trainer.send(str(error) if isinstance(error, ValueError) else repr(error))
-    serving = serve(function, trainer, examples[:1], timeout)
+    is_async = inspect.iscoroutinefunction(function)
+    run = asyncio.new_event_loop().run_until_complete if is_async else finish
+    timeout = timeout if is_async else 0.0
+    for prompt in examples[:1]:  # the first call may load more; whether it fails does not matter
+        responses = [f"Answer: {prompt.answer}", r"Answer: $\frac{5\pi}{2}$"]  # right and wrong
+        run(try_to_score(function, [(responses, [9, 9], prompt.answer, prompt.row)], 0.0))
+    reply = is_group_reward(function), is_async
     with suppress(EOFError, OSError):  # the trainer is gone
-        if inspect.iscoroutinefunction(function):
-            asyncio.run(serving)
-        else:
-            finish(serving)
+        while os.getpid() == pid:  # a fork that the reward function made must not answer too
+            trainer.send(reply)
+            reply = run(try_to_score(function, trainer.recv(), timeout))
     os._exit(0)
 
 
-async def serve(function: Callable, trainer: Connection, examples: Sequence[Prompt],
-                timeout: float) -> None:
-    """Call the function on an example, then reply to the trainer for ever."""
-    pid, running = os.getpid(), set()
-    is_async = inspect.iscoroutinefunction(function)
-
-    def send(reply: Any) -> None:
-        if os.getpid() != pid:  # a fork that the reward function made must not answer too
-            os._exit(0)
-        trainer.send(reply)
-
-    async def reply(key: Any, task: tuple, timeout: float | None) -> None:
-        scores = await try_to_score(function, Task(*task), timeout)
-        send((key, scores if isinstance(scores, str) else [*map(astuple, scores)]))
-
-    for prompt in examples:  # the first call may load more; whether it fails does not matter
-        responses = [f"Answer: {prompt.answer}", r"Answer: $\frac{5\pi}{2}$"]  # right and wrong
-        await try_to_score(function, Task(responses, [9, 9], prompt.answer, prompt.row), None)
-    send((is_group_reward(function), is_async))
-    while not is_async:
-        await reply(*trainer.recv(), None)
-    while True:
-        task = await asyncio.to_thread(trainer.recv)
-        running.add(scoring := asyncio.create_task(reply(*task, timeout)))
-        scoring.add_done_callback(running.discard)  # until then, so that it is not collected
-
-
-async def try_to_score(function: Callable, task: Task,
-                       timeout: float | None) -> list[Score] | str:
-    """The scores of a task, failed ones if the function fails or is late; a message if it lacks
-    memory."""
-    status = "error"
+async def try_to_score(function: Callable, tasks: Sequence[tuple],
+                       timeout: float) -> list[list[tuple]] | str:
+    """The scores of tasks, failed ones if the function fails or takes more than `timeout` seconds
+    (0: no limit); a message if it lacks memory. Several tasks are scored at a time."""
+    if len(tasks) > 1:
+        replies = await asyncio.gather(*(try_to_score(function, [task], timeout) for task in tasks))
+        failures = [reply for reply in replies if isinstance(reply, str)]
+        return failures[0] if failures else [reply[0] for reply in replies]
+    task, status = Task(*tasks[0]), "error"
     try:
         async with asyncio.timeout(timeout) if timeout else nullcontext():
-            return await await_scores(function, task)
+            return [[*map(astuple, await await_scores(function, task))]]
     except TimeoutError:
         status, message = "timeout", f"the reward function took more than {timeout:g} s"
     except BaseException as error:  # SystemExit, too
@@ -259,4 +219,4 @@ async def try_to_score(function: Callable, task: Task,
             f"the reward function ended with {error!r:.300}")
         if isinstance(error.__cause__, MemoryError):
             return f"{message} (it has {MEMORY // 2**30} GiB of address space)"
-    return [failed_score(status, [1.0], message)] * len(task.responses)
+    return [[astuple(failed_score(status, [1.0], message))] * len(task.responses)]
