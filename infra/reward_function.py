@@ -15,7 +15,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,16 +48,14 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
                          f"{describe_error(error, str(Path(path).resolve()))}") from error
     if not callable(function := getattr(module, function_name, None)):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")
-    if not (inspect.isroutine(function) or inspect.isclass(function)
-            or isinstance(function, partial)):
+    if inspect.isfunction(type(function).__call__):
         function = function.__call__  # of an object, which need not be hashable
     try:
-        signature_of(function)  # what is written in C may have none
-        unclear = (inspect.isclass(function) or inspect.isgeneratorfunction(function)
-                   or inspect.isasyncgenfunction(function))
-    except ValueError:
-        unclear = True
-    if unclear:
+        signature_of(function)
+    except ValueError:  # what is written in C may not tell its arguments
+        function = type
+    if (inspect.isclass(function) or inspect.isgeneratorfunction(function)
+            or inspect.isasyncgenfunction(function)):
         raise ValueError(f"reward.name: {name} is a class, has a `yield`, or does not tell its "
                          "arguments: name a function that returns a score, or an object")
     for row in example_rows:
@@ -66,21 +64,19 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
 
 
 def import_file(path: Path) -> ModuleType:
-    """The module in a file. Its imports look beside it and around its package, then in libraries,
+    """The module in a file. Its imports look beside it and above its package, then in libraries,
     then in the working directory, then here."""
-    directory = root = path.parent
-    while (root / "__init__.py").is_file():
-        root = root.parent
+    root = next(above for above in path.parents if not (above / "__init__.py").is_file())
     for name in ("reward", "data_types", "infra"):  # a file of the user's own, called like ours
-        beside = {directory / f"{name}.py", directory / name / "__init__.py"} - {path}
-        if directory != OURS and any(map(Path.is_file, beside)):
+        beside = {path.parent / f"{name}.py", path.parent / name / "__init__.py"} - {path}
+        if path.parent != OURS and any(map(Path.is_file, beside)):
             for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
                 del sys.modules[loaded]
-    sys.path[:0] = [str(where) for where in dict.fromkeys([directory, root]) if where != OURS]
+    sys.path[:0] = [str(where) for where in dict.fromkeys([path.parent, root]) if where != OURS]
     sys.path.insert(-1, str(Path.cwd()))
-    if root == directory and directory.is_relative_to(Path.cwd()):
-        root = Path.cwd()  # a package without __init__.py
-    name = ".".join((*directory.relative_to(root).parts, path.stem))
+    if root == path.parent and path.is_relative_to(Path.cwd()):
+        root = Path.cwd()  # its directory may be a package without __init__.py
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
     name = name if "." in name else f"reward_{name}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for dataclasses

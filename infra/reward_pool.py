@@ -88,8 +88,8 @@ def make_single_scorer(name: str, workers: int, timeout: float,
             idle.put(worker)
 
     def call_all(tasks: Sequence[Task]) -> list[list[Score]]:
-        size = AT_A_TIME if is_async else 1
-        parts = [tasks[at:at + size] for at in range(0, len(tasks), size)]
+        size = min(AT_A_TIME, -(-len(tasks) // workers)) if is_async else 1
+        parts = [tasks[at:at + size] for at in range(0, len(tasks), size or 1)]
         return list(chain.from_iterable(threads.map(call, parts)))
 
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
