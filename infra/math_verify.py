@@ -1,14 +1,11 @@
-r"""`reward.name=math_verify`: answers compared as mathematics, by the library math_verify.
+r"""`reward.name=math_verify`: answers compared as mathematics.
 
-The library evaluates what it is given, rounds, and drops what it cannot read, and a policy finds
-each wrong answer that it calls right. So it is asked only about what no stricter rule decides:
-
-- Equal texts are equal. Words are compared as words; numbers to another base and ratios as written.
-- A number is equal to a number of the same value: 0.5, \frac{1}{2} and 50\%, 3\times 10^8 and
-  300,000,000; 28\% also to 28. A unit behind it does not count. 0.333 is not 1/3; 2+3 is not 5.
-- Lists without brackets, pairs and intervals are compared part by part, in their order.
-- A bound (x > 5) is no value, and sums, factorials and the like that the ground truth lacks are
-  work that the policy left.
+The library of that name evaluates, rounds and drops what it cannot read, and a policy finds every
+wrong answer that it calls right. So it is asked only about what no stricter rule decides: words;
+numbers to another base and ratios, as they are written; plain numbers, by their exact value (0.333
+is not 1/3, 2+3 is not 5, 28% is 0.28 and 28, a unit does not count); lists without brackets, pairs
+and intervals, part by part and in order; bounds (> 5), which are no value. Sums, factorials and the
+like that the ground truth lacks are work that the policy left.
 """
 
 import logging
@@ -23,28 +20,30 @@ ANSWER_LINE = re.compile(r"Answer[\s*]*:[\s*]*([^\n]+)", re.IGNORECASE)  # **Ans
 NOTATION = [(re.compile(pattern), plain) for pattern, plain in [  # what makes no difference
     (r"\\\$|\\!|\\(?:left|right|displaystyle)(?![a-z])", ""), (r"(?<!\\)\\[()[\]]|\$\$", "$"),
     (r"^[A-Za-z\s,.:;'*]*\$([^$]*)\$[A-Za-z\s,.:;*]*$", r"\1"),  # words around a formula
-    (r"\$", ""), (r"\\[,;: ]|\\q?quad(?![a-z])|~", " "), (r"\{,\}", ","),
+    (r"\$", ""), (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~", " "), (r"\{,\}", ","),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9a-z])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*([0-9a-z])", r"\1{\2}"), (r"(?<=[0-9])i(?![a-z])", " i"),
     (r"\^(?:\\circ|\{\\circ\})|°", ""), (r"\\%|\s*(?:percent(?:age)?|pct)\b", "%"),
-    ("\N{MINUS SIGN}", "-"), (">=|≥", r"\\geq "), ("<=|≤", r"\\leq "), ("!=|≠", r"\\neq "),
+    ("\N{MINUS SIGN}", "-"), ("\N{MULTIPLICATION SIGN}", r"\\times "),
+    (">=|≥", r"\\geq "), ("<=|≤", r"\\leq "), ("!=|≠", r"\\neq "),
     (r"(?<![A-Za-z\s])\s*\\approx.*", ""), (r"\\approx", "="),
     (r"(?:,\s*)?(?:\\text\w*\{,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ", "),
     (r"(?<=[0-9])(?<![0-9]{4})[, ](?=(?:[0-9]{3}[, ])*[0-9]{3}(?![0-9,]))(?![^(\[]*[)\]])", ""),
-    (r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])|[\s.*]+$", "")]]
+    (r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])|[\s.,;*]+$", "")]]
 TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\{([^{}]*)\}")
-UNIT = re.compile(rf"(?<=[0-9}}%.])\s*(?:{TEXT.pattern}|[ckm]m|kg| [A-Za-z]{{3}}[A-Za-z .]*)"
-                  r"(?:\^\{?[23]\}?)?$")
+UNIT = re.compile(rf"(?<=[0-9}}%.])\s*(?:{TEXT.pattern}|[ckm]m|kg|(?:(?<=\}})| )[A-Za-z]{{3}}"
+                  r"[A-Za-z .]*)(?:\^\{?[23]\}?)?$")
 NUMBER = re.compile(  # 5, -1/3, 7 3/4, 3\times 10^8, 20%
     r"([-+]?) ?(?:([0-9]+) (?=[0-9]+/))?([0-9]+\.?[0-9]*|\.[0-9]+)(?:/(-?0*[1-9][0-9]*))?"
     r"(?:(?:e|(?:\\times|\\cdot|\*) ?10\^)\{?([-+]?[0-9]{1,3})\}?)?(%?)")
 WORK = re.compile(
-    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|(?<!\\)!|mod|choose|"
-    r"hundred|thousand|illion|dozen|squared|cubed|factorial|halves|thirds")
+    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|(?<!\\)!|mod|choose|half|"
+    r"halves|thirds|twice|minus|negative|root|squared|cubed|factorial|hundred|thousand|illion|dozen")
 AS_WRITTEN = re.compile("[0-9]}?_|[0-9]:[0-9]")  # 17_8, 1:5
 BOUND = re.compile(r"[<>]|\\(?:[lg](?:eq?|t|eqslant)|neq?)(?![a-z])")
 COMMA = re.compile(r"[,;](?![^(\[{]*[)\]}])")  # outside of brackets
 PAIRS = re.compile(r"([(\[])([^()\[\]]*)([)\]])\n\1([^()\[\]]*)\3")  # two of the same brackets
+SET = re.compile(r"\\\{|\\pm|[(\[]|=.*[,;].*=")  # has no order, nor have x=1, y=2
 
 
 def answer_or_box(response: str) -> str:
@@ -66,7 +65,7 @@ def plain_notation(text: str) -> str:
 
 
 def numbers_of(text: str) -> list[Fraction]:
-    """The exact value of a number; of 20% both 1/5 and 20; [] for anything else."""
+    """The value of a plain number; of 20% both 1/5 and 20; [] for anything else."""
     text = TEXT.sub(r"\1", UNIT.sub("", text)).strip("(){} ")
     text = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}?", r" \1/\2", text).strip()
     if not (match := NUMBER.fullmatch(text.replace("- -", ""))):
@@ -92,7 +91,7 @@ def parse_latex(text: str) -> list:
 
 
 def same_to_library(truth: str, answer: str) -> bool:
-    """Whether the library calls two answers equal."""
+    """Whether the library calls two answers equal; decimals to 15 digits."""
     from math_verify import verify
     try:
         return verify(parse_latex(truth), parse_latex(answer), 15, timeout_seconds=None)
@@ -111,12 +110,13 @@ def is_equal(truth: str, answer: str) -> bool:
     if pairs := PAIRS.fullmatch(f"{truth}\n{answer}"):
         return is_equal(pairs[2], pairs[4])
     truths, answers = COMMA.split(truth), COMMA.split(answer)
-    if len(truths) > 1 or len(answers) > 1:  # a set, or x=1, y=2, has no order
-        is_set = re.search(r"[(\[]|\\\{|\\pm|=.*[,;].*=", truth) or re.search(r"\\\{", answer)
-        return ((len(truths) == len(answers) and all(map(is_equal, truths, answers)))
-                or (bool(is_set) and same_to_library(truth, answer)))
+    if len(truths) > 1 or len(answers) > 1:
+        if len(truths) == len(answers) and all(map(is_equal, truths, answers)):
+            return True
+        return bool(SET.search(truth) or "\\{" in answer) and same_to_library(truth, answer)
     answer = answer if "=" in truth else answer.rpartition("=")[2]
-    if (words := words_of(truth)) and (len(words) > 2 or words == words_of(answer)):
+    words = words_of(truth)
+    if len(words) > 2 or (words and words == words_of(answer)):
         return words == words_of(answer)
     if numbers := numbers_of(truth):
         return not {*numbers}.isdisjoint(numbers_of(answer))
@@ -124,12 +124,13 @@ def is_equal(truth: str, answer: str) -> bool:
 
 
 def score_math_verify(response: str, ground_truth: str) -> Score:
-    """+1 if the response's answer is equal, -1 if not. Equal answers have the same `pred`, above
-    all numbers."""
+    """+1 if the response's answer is equal, -1 if not. Right answers have the same `pred`, and so
+    have numbers of the same value."""
     raw, truth = answer_or_box(response), plain_notation(ground_truth)
     answer = plain_notation(raw)
-    is_work = WORK.search(raw) and not WORK.search(ground_truth)
-    if answer and truth and not is_work and is_equal(truth, answer):
+    if WORK.search(raw) and not WORK.search(ground_truth):
+        return Score(0.0, -1.0, raw)
+    if answer and truth and is_equal(truth, answer):
         return Score(1.0, 1.0, truth)
     values = numbers_of(re.sub("^[^,;=]*=", "", answer))
     return Score(0.0, -1.0, str(values[0]) if values else answer)

@@ -6,10 +6,13 @@ Each line is a ground truth and then answers, separated by two or more spaces.
 """
 
 import re
+import time
 
 import pytest
+from test_reward import NASTY
 
-from infra.math_verify import score_math_verify
+from evaluate import prompt_metrics
+from infra.math_verify import answer_or_box, numbers_of, plain_notation, score_math_verify
 
 RIGHT = r"""
 -5  -5  -5.0  -5.
@@ -33,10 +36,10 @@ RIGHT = r"""
 \frac{1}{2}  1/2  0.5  .5  \frac12  \dfrac12  50\%
 \frac83  \tfrac83  \frac{8}{3}  8/3  2\frac{2}{3}
 7\frac{3}{4}  \frac{31}{4}  7.75  7 3/4
-\frac{1}{12}  0.0833333333333333
 1  \frac3{3}
 \sqrt{3}  \sqrt3  \sqrt 3  3^{1/2}
-9  9  x = 9  3+6 = 9  m+n=9  9\text{ apples}  \text{9}  {9}
+9  9  x = 9  3+6 = 9  m+n=9  9\text{ apples}  \text{9}  {9}  9 apples  $9$ apples  it is $9$
+\frac{3}{4}  \frac{3}{4} cup  \frac{3}{4}\text{ cup}  \frac34 \approx 0.75  0.75 cups
 28\%  28\%  28%  28 percent  28  0.28  28 \%
 90^\circ  90^{\circ}  90  90 degrees  90^\circ.
 125  125\textnormal{ miles}  125\text{ miles}  125 miles
@@ -95,7 +98,7 @@ f(x)=1  1
 y = 2x + 3  y=2x+3  y = 3+2x  2x+3
 \begin{pmatrix}1&0\\0&1\end{pmatrix}  \begin{pmatrix}1&0\\0&1\end{pmatrix}  \begin{bmatrix}1&0\\0&1\end{bmatrix}
 \begin{pmatrix}\frac{1}{2}\\3\end{pmatrix}  \begin{pmatrix}1/2\\3\end{pmatrix}  \begin{pmatrix}0.5\\3\end{pmatrix}
-\begin{pmatrix}1&2\\3&4\end{pmatrix}  \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
+\begin{pmatrix}1&2\\3&4\end{pmatrix}  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
 \{1,2,3\}  \{3,2,1\}  \{1, 2, 3\}
 (37,3,13),(17,3,7)  (37, 3, 13), (17, 3, 7)  (17,3,7),(37,3,13)
 (2,2), (6,2)  (2, 2) \text{ and } (6, 2)  (2,2),(6,2)
@@ -120,7 +123,7 @@ a_3 = 2, a_{37} = 19  a_3=2, a_{37}=19
 x=-5, p=\frac{14}{3}  -5, \frac{14}{3}
 1, \frac12  1, 0.5  1, \frac{1}{2}
 \sqrt2, -\sqrt2  \sqrt{2}, -\sqrt{2}
-3x=6  3x = 6  x=2
+3x=6  3x = 6
 17_8  17_8  17_{8}  17_{\text{8}}
 1011_2  1011_2  1011_{2}
 x,y  x,y  x, y
@@ -165,10 +168,12 @@ x=4, y=3  x=5, y=3  y=4, x=3  3  4  x=3,y=3
 10, 4, 2  4, 12, 2
 0.1, 4, 2  4, .1, 2
 12,13  1213  13,12
+1,2  \{1,3\}  $1$, $3$
 2,74  274
 x,y  y,x
 1.5,2  2,1.5
 5  $5$ or $6$  5,6  5 or 6  5 and 6  $6$ or $5$  \{5,6\}  5, 5  6
+5  5 million  $5$ million  half of $5$  minus $5$  -$5$  [5,5]  5xy
 5  2+3  10/2+0  \sqrt{25}  2\cdot 2.5  5x  5!  5^2  2+3=6  x=6
 17  > 17  \geq 17  \ge 17  < 17  x > 17  x \ge 17  \neq 17  \leq 17  17_8  17_{8}  17_{10}  71  16
 17_8  17  17_9  15  71_8
@@ -200,7 +205,7 @@ x,y  y,x
 [0,9)  [0,1)  (0,9)  [0,9]
 (0,9)  [0,9)
 1  -[0,1)
-(1,2)  (2,1)  1,2  12  [1,2]  \{2,1\}
+(1,2)  (2,1)  12  [1,2]  \{2,1\}
 (3,1)  (1,3)  \{1,3\}
 (1,\frac{9}{2})  (1,4)  (\frac92,1)
 \{1,2,3\}  \{1,2\}  \{1,2,4\}  123
@@ -245,6 +250,30 @@ x = 11  y = 11  x=12
 (2, 12) \cup (12, 102)  (2,102)  (2,12)
 """
 
+# Where the tables contradict each other or mathematics: what is right here, and what is wrong.
+CONTESTED_RIGHT = r"""
+\text{e}  E
+20  20\%
+5\text{ km}  5\text{ cm}  5
+(1,2)  1,2
+\{1,2\}  2,1  1,2
+1,2  \{2,1\}  \{1,2\}
+6  2x=6
+10^8  100000000
+1  \frac{2}{2}
+"""
+CONTESTED_WRONG = r"""
+\frac{1}{12}  0.0833333333333333  0.083333
+1, -2  -2, 1
+2.74  2,74
+1.22  1,22
+3x=6  x=2
+\sqrt{2}  1.4142135623
+x \in [-2,7]  -2 \le x \le 7
+5  5 or 5.0
+100000000  10^8
+"""
+
 
 def pairs(table):
     """(ground truth, answer) of each answer in a table."""
@@ -254,8 +283,89 @@ def pairs(table):
 
 def ways(answer):
     """Responses that give this answer."""
-    yield f"Answer: {answer}"
-    if "$" not in answer:
-        yield f"so it is.\nAnswer: ${answer}$"
-        yield f"so it is.\n**Final Answer:** ${answer}$."
-        yield f"**Final Answer:**\n\n\\[\\boxed{{{answer}}}\\]"
+    if re.search(r"(?<!\\)\$", answer):
+        return [f"Answer: {answer}"]
+    formula, box = f"${answer}$", f"\\boxed{{{answer}}}"
+    return [
+        f"Answer: {answer}",
+        f"so it is.\nAnswer: {formula}",
+        f"so it is.\n**Final Answer:** {formula}.",
+        f"**Final Answer:**\n\n\\[{box}\\]",
+        f"Answer: we add.\nSo it is ${box}$.",
+    ]
+
+
+def judged(table, all_ways=False):
+    """{(ground truth, response): score}; each answer is given in one way, or in all."""
+    return {
+        (truth, way): score_math_verify(way, truth)
+        for number, (truth, answer) in enumerate(pairs(table))
+        for way in (ways(answer) if all_ways else [ways(answer)[number % len(ways(answer))]])
+    }
+
+
+# ---- the tables ----
+
+
+@pytest.mark.parametrize("all_ways", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_right_answers_are_right_and_have_one_pred(all_ways):
+    scores = judged(RIGHT + CONTESTED_RIGHT, all_ways)
+    assert len(scores) > 300
+    assert [pair for pair, score in scores.items() if score.acc != 1 or score.score != 1] == []
+    preds = {(truth, score.pred) for (truth, _), score in scores.items()}
+    assert len(preds) == len({truth for truth, _ in preds})
+
+
+@pytest.mark.parametrize("all_ways", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_wrong_answers_are_wrong_and_have_not_the_pred_of_right_ones(all_ways):
+    scores = judged(WRONG + CONTESTED_WRONG, all_ways)
+    assert len(scores) > 230
+    assert [pair for pair, score in scores.items() if score.acc != 0 or score.score != -1] == []
+    for (truth, _), score in scores.items():
+        assert score.pred != score_math_verify(f"Answer: {truth}", truth).pred
+
+
+# ---- which answer, and what it is called ----
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("**Final Answer:** \\boxed{73}", "73"),
+    ("**Final Answer:**\n\n\\boxed{73}", "73"),
+    ("**Final Answer:**\n\\[\n\\boxed{73}\n\\]", "73"),
+    ("Final Answer: **73**", "73"),
+    ("**Answer:** 73", "73"),
+    ("**Answer: 73**", "73"),
+    ("**Answer**: 73", "73"),
+    ("Answer: 72\nno, \\boxed{73}", "73"),
+    ("\\boxed{72}\nAnswer: 73", "73"),
+    ("Answer: 72\nAnswer: 73", "73"),
+    ("\\boxed{72} \\boxed{73}", "73"),
+    ("Answer: \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("Answer: 73\n\\boxed{", "73"),
+    ("Answer:", ""),
+    ("73", ""),
+    ("Answer: 73" + "." * 300, ""),
+])
+def test_the_answer_is_the_last_line_or_a_later_box(response, answer):
+    assert answer_or_box(response) == answer
+
+
+def test_equal_numbers_are_one_answer_of_the_majority():
+    """Right ones or wrong ones, however they are written."""
+    half = ["0.5", "\\frac{1}{2}", "1/2", "x = \\frac12", "$\\frac{2}{4}$ cm", "50\\%"]
+    for truth, majority in (("\\frac{1}{2}", 1), ("3", 0)):
+        scores = [score_math_verify(f"Answer: {answer}", truth) for answer in half]
+        assert len({score.pred for score in scores}) == 1
+        scores = [score_math_verify(f"Answer: {answer}", truth) for answer in "33737"] + scores
+        assert prompt_metrics(scores, True, True)["maj@11"] == majority
+    assert score_math_verify("so what", "3").pred == ""
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_hostile_text_is_read_in_no_time(text):
+    """The library may take longer: it runs in workers with limits."""
+    start = time.thread_time()
+    for answer in (answer_or_box(text), answer_or_box(f"\\boxed{{{text[:280]}}}"), text[:300]):
+        numbers_of(plain_notation(answer))
+    assert time.thread_time() - start < 0.05
+    assert score_math_verify(text, "6").acc == 0
