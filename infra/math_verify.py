@@ -43,7 +43,7 @@ AS_WRITTEN = re.compile("[0-9]}?_|[0-9]:[0-9]")  # 17_8, 1:5
 BOUND = re.compile(r"[<>]|\\(?:[lg](?:eq?|t|eqslant)|neq?)(?![a-z])")
 COMMA = re.compile(r"[,;](?![^(\[{]*[)\]}])")  # outside of brackets
 PAIRS = re.compile(r"([(\[])([^()\[\]]*)([)\]])\n\1([^()\[\]]*)\3")  # two of the same brackets
-SET = re.compile(r"\\\{|\\pm|[(\[]|=.*[,;].*=")  # has no order, nor have x=1, y=2
+SET = re.compile(r"\\\{.*\n|\n.*\\\{|(?:\\pm|[(\[]).*\n|=.*[,;].*=.*\n.*=")  # has no order
 
 
 def answer_or_box(response: str) -> str:
@@ -64,11 +64,11 @@ def plain_notation(text: str) -> str:
     return text
 
 
-def numbers_of(text: str) -> list[Fraction]:
+def numbers_of(unread: str) -> list[Fraction]:
     """The value of a plain number; of 20% both 1/5 and 20; [] for anything else."""
-    text = TEXT.sub(r"\1", UNIT.sub("", text)).strip("(){} ")
+    text = TEXT.sub(r"\1", UNIT.sub("", unread)).strip("(){} ")
     text = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}?", r" \1/\2", text).strip()
-    if not (match := NUMBER.fullmatch(text.replace("- -", ""))):
+    if WORK.search(unread) or not (match := NUMBER.fullmatch(text.replace("- -", ""))):
         return []
     sign, whole, number, divisor, exponent, percent = match.groups()
     value = Fraction(whole or 0) + Fraction(number) / Fraction(divisor or 1)
@@ -113,10 +113,9 @@ def is_equal(truth: str, answer: str) -> bool:
     if len(truths) > 1 or len(answers) > 1:
         if len(truths) == len(answers) and all(map(is_equal, truths, answers)):
             return True
-        return bool(SET.search(truth) or "\\{" in answer) and same_to_library(truth, answer)
+        return bool(SET.search(f"{truth}\n{answer}")) and same_to_library(truth, answer)
     answer = answer if "=" in truth else answer.rpartition("=")[2]
-    words = words_of(truth)
-    if len(words) > 2 or (words and words == words_of(answer)):
+    if (words := words_of(truth)) and (len(words) > 2 or words_of(answer)):
         return words == words_of(answer)
     if numbers := numbers_of(truth):
         return not {*numbers}.isdisjoint(numbers_of(answer))

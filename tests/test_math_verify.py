@@ -129,7 +129,7 @@ x=-5, p=\frac{14}{3}  -5, \frac{14}{3}
 x,y  x,y  x, y
 (A)  A  (A)  \text{(A)}  \text{A}
 \text{(C)}  \text{C}  C  (C)
-\text{E}  E  e
+\text{E}  E
 C  C  \textbf{C}  \textbf{(C)}
 yes  yes  Yes  \text{yes}  "yes"  \text{Yes}.  \textbf{yes}
 \text{Evelyn}  Evelyn  \text{Evelyn}
@@ -139,6 +139,12 @@ yes  yes  Yes  \text{yes}  "yes"  \text{Yes}.  \textbf{yes}
 \text{Monday}  Monday  monday
 \text{no solution}  no solution  \text{no solution}
 \infty  \infty
+5 million  5 million
+no  no  No  \text{no}
+3+4i  4i+3  3 + 4i
+\log_2 3  \log_{2} 3
+12\pi  12\pi\text{ cm}^2  12\pi cm
+0.5x  \frac12 x  x/2
 2n+1  2n+1  1+2n
 n!  n!
 \binom{10}{3}  \binom{10}{3}
@@ -160,7 +166,7 @@ a^2 + b = 0  0
 7 = 11a+c  11a+c
 y = 2x + 3  y = 2x + 4  3
 f(x) = x^2  2
-x=4, y=3  x=5, y=3  y=4, x=3  3  4  x=3,y=3
+x=4, y=3  x=5, y=3  y=4, x=3  3, 4  x=4  x=4,y=3,z=2  3  4  x=3,y=3
 3x=6  2x=6  6
 1,2  12  2,1  1,2,2  1,1,2  1  2  1.2  1,3  2, 1
 1, 2, 3  123  3,2,1  1,2  1,2,3,4  1,2,4  1,1,2,3
@@ -178,6 +184,10 @@ x,y  y,x
 17  > 17  \geq 17  \ge 17  < 17  x > 17  x \ge 17  \neq 17  \leq 17  17_8  17_{8}  17_{10}  71  16
 17_8  17  17_9  15  71_8
 8  10_8
+3+4i  3-4i  3+4j
+\ln 2  \log 2
+\log_2 3  \log_3 2
+y=x+1  y=x  y=x-1
 4 - i  4  4+i  i  -i  4-2i
 4  4 - i  4 + i  4i  4\sqrt{2}  \frac{34}{16}+\frac{\sqrt{1358}}{16}
 1/3  0.333333  0.3333  0.33  0.3333333  33\%  3  0.333
@@ -205,6 +215,8 @@ x,y  y,x
 [0,9)  [0,1)  (0,9)  [0,9]
 (0,9)  [0,9)
 1  -[0,1)
+(1,5)  (1,2+3)  (1,\sqrt{25})
+(1,2),(3,4)  (1,2)  (1,2),(3,4),(5,6)  (2,1),(4,3)  (1,2,3,4)
 (1,2)  (2,1)  12  [1,2]  \{2,1\}
 (3,1)  (1,3)  \{1,3\}
 (1,\frac{9}{2})  (1,4)  (\frac92,1)
@@ -232,6 +244,10 @@ f(x)  f(y)
 x  y
 (A)  (B)  B  AB
 \text{(C)}  (D)
+no  on  yes
+\text{up}  pu  down
+5 million  5  5 thousand
+1000000  1 thousand
 yes  no  sey  yess  y  eys
 \text{even}  odd  neve
 \text{Evelyn}  Briana
@@ -252,7 +268,6 @@ x = 11  y = 11  x=12
 
 # Where the tables contradict each other or mathematics: what is right here, and what is wrong.
 CONTESTED_RIGHT = r"""
-\text{e}  E
 20  20\%
 5\text{ km}  5\text{ cm}  5
 (1,2)  1,2
@@ -263,6 +278,8 @@ CONTESTED_RIGHT = r"""
 1  \frac{2}{2}
 """
 CONTESTED_WRONG = r"""
+\text{e}  E
+AB  BA
 \frac{1}{12}  0.0833333333333333  0.083333
 1, -2  -2, 1
 2.74  2,74
