@@ -82,19 +82,15 @@ def words_of(text: str) -> str:
     return (text.lower() if len(text) > 1 else text) if re.fullmatch("[A-Za-z' -]+", text) else ""
 
 
-@lru_cache(maxsize=256)
-def parse_latex(text: str) -> list:
-    """What the library reads in `text`; infra/reward_pool.py sets the limit of time."""
-    from math_verify import parse
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that there is no limit
-    return parse(f"${text}$".replace("%", r"\%"), parsing_timeout=None)
-
-
 def same_to_library(truth: str, answer: str) -> bool:
-    """Whether the library calls two answers equal; decimals to 15 digits."""
-    from math_verify import verify
+    """Whether the library calls two answers equal; decimals to 15 digits. infra/reward_pool.py sets
+    the limit of time."""
+    from math_verify import parse, verify
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that there is no limit
     try:
-        return verify(parse_latex(truth), parse_latex(answer), 15, timeout_seconds=None)
+        exprs = [parse(f"${text}$".replace("%", r"\%"), parsing_timeout=None)
+                 for text in (truth, answer)]
+        return verify(*exprs, float_rounding=15, timeout_seconds=None)
     except MemoryError:  # a failure of the worker, not a wrong answer
         raise
     except Exception:  # sympy raises anything on a malformed answer, which is then wrong

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from data_types import Prompt, Score, Task
 from infra.math_verify import answer_or_box
-from infra.reward_function import await_scores, finish, is_group_reward, load_reward_function
+from infra.reward_function import (
+    await_scores, finish, is_group_reward, load_reward_function, score_task)
 from reward import failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
@@ -70,7 +71,7 @@ def make_single_scorer(name: str, workers: int, timeout: float,
     """A scorer with one reward function; arguments and errors as in `make_scorer`."""
     if name in IN_TRAINER:
         function = load_reward_function(name)
-        return lambda tasks: [finish(await_scores(function, task)) for task in tasks]
+        return lambda tasks: [score_task(function, task) for task in tasks]
     idle, threads = SimpleQueue(), ThreadPoolExecutor(workers)
     for worker in [start_worker(name, examples, timeout) for _ in range(workers)]:  # in parallel
         is_group, is_async = wait_until_loaded(worker, name)
