@@ -3,9 +3,9 @@ r"""`reward.name=math_verify`: answers compared as mathematics.
 The library of that name evaluates, rounds and drops what it cannot read, and a policy finds every
 wrong answer that it calls right. So it is asked only about what no stricter rule decides: words;
 numbers to another base and ratios, as they are written; plain numbers, by their exact value (0.333
-is not 1/3, 2+3 is not 5, 28% is 0.28 and 28, a unit does not count); lists without brackets, pairs
-and intervals, part by part and in order; bounds (> 5), which are no value. Sums, factorials and the
-like that the ground truth lacks are work that the policy left.
+is not 1/3, 2+3 is not 5, > 5 is not 5, 28% is 0.28 and 28, a unit does not count); lists without
+brackets, pairs and intervals, part by part and in order. Sums, factorials and the like that the
+ground truth lacks are work that the policy left.
 """
 
 import logging
@@ -40,7 +40,6 @@ WORK = re.compile(
     r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|(?<!\\)!|mod|choose|half|"
     r"halves|thirds|twice|minus|negative|root|squared|cubed|factorial|hundred|thousand|illion|dozen")
 AS_WRITTEN = re.compile("[0-9]}?_|[0-9]:[0-9]")  # 17_8, 1:5
-BOUND = re.compile(r"[<>]|\\(?:[lg](?:eq?|t|eqslant)|neq?)(?![a-z])")
 COMMA = re.compile(r"[,;](?![^(\[{]*[)\]}])")  # outside of brackets
 PAIRS = re.compile(r"([(\[])([^()\[\]]*)([)\]])\n\1([^()\[\]]*)\3")  # two of the same brackets
 SET = re.compile(r"\\\{.*\n|\n.*\\\{|(?:\\pm|[(\[]).*\n|=.*[,;].*=.*\n.*=")  # has no order
@@ -115,7 +114,7 @@ def is_equal(truth: str, answer: str) -> bool:
         return words == words_of(answer)
     if numbers := numbers_of(truth):
         return not {*numbers}.isdisjoint(numbers_of(answer))
-    return bool(BOUND.search(truth) or not BOUND.search(answer)) and same_to_library(truth, answer)
+    return same_to_library(truth, answer)
 
 
 def score_math_verify(response: str, ground_truth: str) -> Score:

@@ -38,6 +38,8 @@ RIGHT = r"""
 7\frac{3}{4}  \frac{31}{4}  7.75  7 3/4
 1  \frac3{3}
 \sqrt{3}  \sqrt3  \sqrt 3  3^{1/2}
+12  12\,\text{cm}  12\;\text{cm}  12~\text{cm}  12\quad\text{cm}
+(1,\,2)  (1,\;2)  (1,~2)  (1,2)
 9  9  x = 9  3+6 = 9  m+n=9  9\text{ apples}  \text{9}  {9}  9 apples  $9$ apples  it is $9$
 \frac{3}{4}  \frac{3}{4} cup  \frac{3}{4}\text{ cup}  \frac34 \approx 0.75  0.75 cups
 28\%  28\%  28%  28 percent  28  0.28  28 \%
@@ -182,6 +184,8 @@ x,y  y,x
 5  5 million  $5$ million  half of $5$  minus $5$  -$5$  [5,5]  5xy
 5  2+3  10/2+0  \sqrt{25}  2\cdot 2.5  5x  5!  5^2  2+3=6  x=6
 17  > 17  \geq 17  \ge 17  < 17  x > 17  x \ge 17  \neq 17  \leq 17  17_8  17_{8}  17_{10}  71  16
+2\sqrt{3}  > 2\sqrt{3}  \geq 2\sqrt{3}  x<2\sqrt{3}
+\pi  >\pi  \neq \pi  x \le \pi
 17_8  17  17_9  15  71_8
 8  10_8
 3+4i  3-4i  3+4j
