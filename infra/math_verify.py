@@ -37,8 +37,8 @@ NUMBER = re.compile(  # 5, -1/3, 7 3/4, 3\times 10^8, 20%
     r"([-+]?) ?(?:([0-9]+) (?=[0-9]+/))?([0-9]+\.?[0-9]*|\.[0-9]+)(?:/(-?0*[1-9][0-9]*))?"
     r"(?:(?:e|(?:\\times|\\cdot|\*) ?10\^)\{?([-+]?[0-9]{1,3})\}?)?(%?)")
 WORK = re.compile(
-    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|(?<!\\)!|mod|choose|half|"
-    r"halves|thirds|twice|minus|negative|root|squared|cubed|factorial|hundred|thousand|illion|dozen")
+    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|(?<!\\)!|mod|choose|hal[fv]|"
+    r"thirds|twice|minus|negative|root|squared|cubed|factorial|hundred|thousand|illion|dozen")
 AS_WRITTEN = re.compile("[0-9]}?_|[0-9]:[0-9]")  # 17_8, 1:5
 COMMA = re.compile(r"[,;](?![^(\[{]*[)\]}])")  # outside of brackets
 PAIRS = re.compile(r"([(\[])([^()\[\]]*)([)\]])\n\1([^()\[\]]*)\3")  # two of the same brackets
