@@ -120,8 +120,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: "
                          f"pip install {config.log_with}")
-    if on_cpu:  # the launcher sets one thread
-        torch.set_num_threads(cpus_per_process(accelerator))
+    # The launcher sets one; on GPU machines too, the optimizer may be on the CPU (offload).
+    torch.set_num_threads(cpus_per_process(accelerator))
+    if on_cpu:
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
     if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
