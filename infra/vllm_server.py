@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate, cycle
@@ -50,6 +50,7 @@ class Servers:
     urls: list[str]
     timeout: int       # seconds that one may take to answer a check, or to take new weights
     version: str = ""  # of the weights that they must have; "" accepts any
+    key: str = field(default="", repr=False)  # their --api-key, if they have one
 
 
 def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
@@ -64,7 +65,10 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
     weights_dir = Path(config.run_dir).resolve() / "server_weights"
     way = "by nccl" if nccl else f"through {weights_dir}, which all servers must see"
-    servers = Servers(rollout.server_urls.split(","), rollout.server_timeout)
+    servers = Servers(rollout.server_urls.split(","), rollout.server_timeout,
+                      key=os.environ.get(rollout.server_api_key, ""))
+    if not servers.key and rollout.server_api_key != "VLLM_API_KEY":  # not repeated: a key, perhaps
+        raise OSError("rollout.server_api_key: no environment variable has this name")
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         servers.version = broadcast_object_list([str(time.time_ns())])[0]
@@ -81,6 +85,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     with raise_on_all_ranks("rollout.server_urls"):
         if accelerator.is_main_process:
             run_async(check_servers, servers)
+            run_async(request_all, servers, "/v1/models", [None] * len(servers.urls))  # the key
             if nccl:
                 send = nccl_sender(servers, shapes, dtype)
     generate = partial(generate_on_servers, servers, tokenizer, stop_ids, rollout.max_num_seqs)
@@ -90,12 +95,13 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
 
 # ---- requests: all raise OSError -----------------------------------------------------------------
 
-def run_async(function: Callable, *args):
-    """The result of `await function(client, *args)`."""
+def run_async(function: Callable, servers: Servers, *args):
+    """The result of `await function(client, servers, *args)`."""
     async def with_client():
         transport = AsyncHTTPTransport(limits=Limits(), socket_options=KEEPALIVE)
-        async with AsyncClient(transport=transport) as client:
-            return await function(client, *args)
+        headers = {"Authorization": f"Bearer {servers.key}"} if servers.key else {}
+        async with AsyncClient(transport=transport, headers=headers) as client:
+            return await function(client, servers, *args)
     return asyncio.run(with_client())
 
 
@@ -114,6 +120,8 @@ async def request(client: AsyncClient, url: str, path: str, body: dict | None,
         return answer
     if response.status_code == 404:
         hint = "is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?"
+    if response.status_code == 401:
+        hint = "put its --api-key into the environment variable that rollout.server_api_key names"
     text = " ".join(response.text.split())[:300]
     raise OSError(f"{url}{path}: {response.status_code}, {text}: {hint}")
 
@@ -234,7 +242,7 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
         bar.update()
         return read_choices(url, answer, params.max_tokens)
 
-    async def complete_all(client: AsyncClient) -> list[list[tuple]]:
+    async def complete_all(client: AsyncClient, servers: Servers) -> list[list[tuple]]:
         work = asyncio.gather(*map(partial(complete, client), cycle(servers.urls), prompts,
                                    request_params(params, seeds, stop_ids)))
         try:
@@ -250,7 +258,7 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
 
     with tqdm(desc=progress, total=len(prompts), disable=not progress, leave=False,
               delay=10) as bar:
-        rows = [row for group in run_async(complete_all) for row in group]
+        rows = [row for group in run_async(complete_all, servers) for row in group]
     return group_responses(tokenizer, rows, params)
 
 

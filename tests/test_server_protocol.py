@@ -24,15 +24,19 @@ from infra.vllm_server import Servers, check_servers, generate_on_servers, run_a
 @pytest.fixture
 def fake_server():
     """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON), or
-    None: it closes the connection. It hangs as long as `answers` does, at most until the end."""
+    None: it closes the connection. It hangs as long as `answers` does, at most until the end. With
+    a `key`, it refuses requests for /v1/ without it, as vLLM does."""
     running = []
 
-    def start(answers):
+    def start(answers, key=""):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 length = int(self.headers.get("Content-Length", 0))
                 body = json.loads(self.rfile.read(length)) if length else None
                 answer = answers(self.path, body)
+                known = self.headers.get("Authorization") == f"Bearer {key}" or not key
+                if self.path.startswith("/v1/") and not known:
+                    answer = 401, {"error": "Unauthorized"}
                 if answer is None:
                     self.close_connection = True
                     return
@@ -89,8 +93,8 @@ def only(request, does, path, body):
     return does(path, body) if path == request else answer(path, body)
 
 
-def make_servers(*urls, timeout=5, version="1"):
-    return Servers(list(urls), timeout, version)
+def make_servers(*urls, timeout=5, version="1", key=""):
+    return Servers(list(urls), timeout, version, key)
 
 
 @pytest.fixture
@@ -102,6 +106,41 @@ def generate(tokenizer):
                                      SamplingParams(n, max_tokens=5))
         return [response.token_ids.tolist() for group in groups for response in group]
     return generate
+
+
+# ---- a key ---------------------------------------------------------------------------------------
+
+def test_servers_get_their_key_from_the_environment_and_it_is_written_nowhere(fake_server, generate,
+                                                                              make_state, capsys,
+                                                                              monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    url = fake_server(answer, key="sesame")
+    state, _ = make_state("rollout.mode=server", f"rollout.server_urls={url}")
+    (servers, *_) = state.engine.generate.args
+    servers.version = "1"
+    assert generate(3, servers) == [[0], [1], [2]]
+    assert state.config.rollout.server_api_key == "VLLM_API_KEY"
+    assert "sesame" not in f"{servers}{state.config}" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value", [("VLLM_API_KEY", None), ("VLLM_API_KEY", "wrong"),
+                                         ("OTHER", "wrong"), ("sesame", None)])
+def test_a_run_without_the_servers_key_ends_at_its_start_and_says_where_to_put_it(
+        name, value, fake_server, make_state, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if value:
+        monkeypatch.setenv(name, value)
+    url = fake_server(answer, key="sesame")
+    with pytest.raises(SystemExit) as error:
+        make_state("rollout.mode=server", f"rollout.server_urls={url}",
+                   f"rollout.server_api_key={name}")
+    message = str(error.value)
+    if name == "sesame":  # the key itself, where its variable's name belongs
+        assert message == "error: rollout.server_api_key: no environment variable has this name"
+    else:
+        assert f"{url}/v1/models: 401, " in message and message.endswith(
+            "put its --api-key into the environment variable that rollout.server_api_key names")
+        assert "wrong" not in message
 
 
 # ---- checks --------------------------------------------------------------------------------------
