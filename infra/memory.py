@@ -43,19 +43,13 @@ def out_of_memory(phase: str) -> Iterator[None]:
     """Turn running out of memory in the block into a ValueError that says what to do."""
     try:
         yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:  # torch's, or that of vLLM's allocator, without a type of its own
+        if "out of memory" not in str(error):
             raise
         reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
         remedy = REMEDIES.get(phase, REMEDIES["start"])
         cause = torch.OutOfMemoryError(error)  # which tells whoever ends the run that it was this
         raise ValueError(f"out of memory in phase {phase}: {remedy}. {reason}") from cause
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is torch's, or that of vLLM's allocator, which has no type of its own."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
-
 
 def report_memory(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
                   reference: torch.nn.Module | None, sharded: bool, vllm: bool) -> None:

@@ -7,7 +7,6 @@ sleeps while the trainer computes: `sleep` frees its weights and KV cache; the n
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -17,13 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from data_types import Engine, Response, SamplingParams
 from infra.config import compute_dtype
 from infra.distributed import iter_full_weights
-from infra.memory import is_out_of_memory, out_of_memory
 from infra.tokens import make_responses
 
 
@@ -59,7 +56,7 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                   hf_overrides=partial(language_config, policy.config, fp32_head),
                   logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it
-        if is_out_of_memory(error):
+        if "out of memory" in str(error):
             raise
         raise ValueError(f"rollout.backend: vLLM does not start: {error} "
                          "(VLLM_LOGGING_LEVEL=INFO shows its log)") from error
@@ -76,17 +73,9 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
             llm.sleep(level=2)  # 2: drop the weights instead of copying them to the CPU
 
     def generate(llm, *args, **kwargs) -> list[list[Response]]:
-        try:
-            with out_of_memory("generate"):
-                if llm.llm_engine.is_sleeping():  # for passes of the trainer in the step
-                    sync(iter_full_weights(policy, tied=True))
-                return generate_in_process(llm, tokenizer, stop_ids, *args, **kwargs)
-        except Exception as error:
-            if rollout.tensor_parallel_size == 1:
-                raise
-            tqdm.write(f"error: rollout.tensor_parallel_size: a rank has failed: {error}; the "
-                       "same command resumes from the last checkpoint", file=sys.stderr)
-            os._exit(1)  # its neighbours wait for it in vLLM until the launcher stops them
+        if llm.llm_engine.is_sleeping():  # for passes of the trainer in the middle of a step
+            sync(iter_full_weights(policy, tied=True))
+        return generate_in_process(llm, tokenizer, stop_ids, *args, **kwargs)
 
     return Engine(generate=partial(generate, llm), sync=sync, sleep=sleep,
                   close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
@@ -143,7 +132,7 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
         results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests,
                                use_tqdm=False)
     except (AssertionError, RuntimeError) as error:  # only now it says what it cannot compute
-        if is_out_of_memory(error):
+        if "out of memory" in str(error):
             raise
         raise ValueError(f"rollout.backend: vLLM cannot run this model: {error}") from error
     rows = []

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_types import Engine, Response, SamplingParams
-from infra.config import compute_dtype, escape_control
+from infra.config import escape_control
 from infra.distributed import raise_on_all_ranks
 from infra.vllm_engine import group_responses, request_params
 
@@ -54,13 +54,13 @@ class Servers:
 
 
 def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
-                  shapes: dict[str, tuple[int, ...]]) -> Engine:
+                  metas: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Engine:
     """An `Engine` backed by the servers at `rollout.server_urls`, all of which must answer now.
 
-    `shapes` are those of the policy's weights, by name. Raises OSError if a server fails.
+    `metas`: for each of the policy's weights its shape and the type that it is sent in. Raises
+    OSError if a server fails.
     """
     rollout = config.rollout
-    dtype = getattr(torch, compute_dtype(config))
     can_nccl = accelerator.device.type == "cuda" and find_spec("vllm") is not None
     nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
     weights_dir = Path(config.run_dir).resolve() / "server_weights"
@@ -72,7 +72,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         servers.version = broadcast_object_list([str(time.time_ns())])[0]
-        weights = ((name, weight.to(dtype)) for name, weight in weights)
+        weights = ((name, weight.to(metas[name][1])) for name, weight in weights)
         with raise_on_all_ranks(f"cannot send the weights {way}"):
             try:
                 if accelerator.is_main_process:
@@ -87,7 +87,7 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
             run_async(check_servers, servers)
             run_async(request_all, servers, "/v1/models", [None] * len(servers.urls))  # the key
             if nccl:
-                send = nccl_sender(servers, shapes, dtype)
+                send = nccl_sender(servers, metas)
     generate = partial(generate_on_servers, servers, tokenizer, stop_ids, rollout.max_num_seqs)
     return Engine(generate, sync, sleep=lambda: None, has_own_weights=True,
                   close=partial(shutil.rmtree, weights_dir, ignore_errors=True))
@@ -166,8 +166,7 @@ def send_by_disk(servers: Servers, folder: Path, weights: Iterable[tuple[str, Te
     post(servers, "/update_weight_version", new_version=servers.version)
 
 
-def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
-                dtype: torch.dtype) -> Callable[[Iterable], None]:
+def nccl_sender(servers: Servers, metas: dict[str, tuple]) -> Callable[[Iterable], None]:
     """A function that sends weights from this GPU to all servers, by vLLM's weight transfer.
 
     Raises OSError, as does the function; a failure in the middle of a transfer ends the process.
@@ -181,7 +180,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
         values: Iterable[tuple[str, Tensor]] | None = ()  # None: nothing is being sent
 
         def metadata(self):
-            return [ParamMeta(name, dtype, shape) for name, shape in shapes.items()]
+            return [ParamMeta(name, dtype, shape) for name, (shape, dtype) in metas.items()]
 
         def __iter__(self):
             return iter(self.values)

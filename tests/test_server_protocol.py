@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import infra.vllm_server
 from data_types import SamplingParams
 from infra.config import load_config
+from infra.setup import make_engine, sync_weights
 from infra.vllm_server import Servers, check_servers, generate_on_servers, run_async, send_by_disk
 
 
@@ -141,6 +143,22 @@ def test_a_run_without_the_servers_key_ends_at_its_start_and_says_where_to_put_i
         assert f"{url}/v1/models: 401, " in message and message.endswith(
             "put its --api-key into the environment variable that rollout.server_api_key names")
         assert "wrong" not in message
+
+
+# ---- the types of weights ------------------------------------------------------------------------
+
+def test_a_buffer_keeps_its_type_on_the_way_to_servers(fake_server, make_state, tmp_path):
+    """Such as a router's corrections, which choose experts, and are float32 in vLLM too."""
+    url = fake_server(answer)
+    state, _ = make_state("mixed_precision=bf16")
+    state.policy.register_buffer("correction", torch.tensor([1.001]))
+    state.config.rollout.mode, state.config.rollout.server_urls = "server", url
+    engine = make_engine(state.config, state.accelerator, state.policy, state.tokenizer, None)
+    with pytest.raises(OSError, match="has other weights"):  # the fake one's version never changes
+        sync_weights(replace(state, engine=engine))
+    sent = load_file(tmp_path / "run/server_weights/model.safetensors")
+    assert sent.pop("correction").item() == torch.tensor(1.001).item()
+    assert len(sent) > 10 and {weight.dtype for weight in sent.values()} == {torch.bfloat16}
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -323,7 +341,7 @@ sys.modules[transfer] = Module(nccl_engine=nccl_engine)
 sys.modules[transfer + ".base"] = Module(ParamMeta=tuple, WeightSource=object)
 sys.modules["vllm.utils.network_utils"] = Module(get_ip=str, get_open_port=int)
 torch.accelerator.synchronize = lambda: None
-send = nccl_sender(Servers(sys.argv[1:], timeout=2), {"name": (1,)}, torch.float32)
+send = nccl_sender(Servers(sys.argv[1:], timeout=2), {"name": ((1,), torch.float32)})
 send(["weights"])
 print("sent")
 """

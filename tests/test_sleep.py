@@ -1,7 +1,6 @@
 """infra/vllm_engine.py on a GPU, where vLLM sleeps: with a stand-in for vLLM alone, so that it runs
 without either. Real vLLM is in test_vllm.py; on CPUs it does not sleep."""
 
-import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,9 +10,10 @@ import torch
 from test_train import weights_of
 
 import infra.logprobs
+import infra.setup
 import infra.vllm_engine
 from infra.logprobs import check_weight_sync
-from infra.setup import sync_weights
+from infra.setup import make_engine, sync_weights
 from infra.vllm_engine import vllm_engine
 from rollout import generate
 
@@ -107,18 +107,13 @@ def test_running_out_of_memory_in_vllm_is_the_line_of_that_phase(on_gpu, wake_up
     assert "\n" not in str(error.value)
 
 
-def test_a_rank_whose_neighbours_wait_in_vllm_ends_at_once_with_one_line(on_gpu, capsys,
-                                                                         monkeypatch):
-    state, _, _ = on_gpu()
-    state.config.rollout.tensor_parallel_size = 2
-    sync_weights(state)
-
-    def fails(*args, **kwargs):
-        raise ValueError("rollout.backend: vLLM cannot run this model: no kernel")
-    monkeypatch.setattr(infra.vllm_engine, "generate_in_process", fails)
-    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
-    with pytest.raises(SystemExit) as error:
-        state.engine.generate([[1]], [(1,)], None)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert error.value.code == 1 and line.startswith("error: rollout.tensor_parallel_size: a rank")
-    assert "no kernel" in line
+def test_the_processes_of_an_engine_are_on_one_machine(make_state, monkeypatch):
+    """8 on 2 machines: 8 is a multiple of 8, but a machine has 4."""
+    state, _ = make_state()
+    state.config.rollout.backend, state.config.rollout.tensor_parallel_size = "vllm", 8
+    monkeypatch.setattr(infra.setup, "find_spec", lambda name: name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="tensor_parallel_size=8 does not divide the number of "
+                                         "processes on a machine, 4"):
+        make_engine(state.config, SimpleNamespace(num_processes=8), state.policy, state.tokenizer,
+                    None)
