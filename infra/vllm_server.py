@@ -57,11 +57,10 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
                   metas: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Engine:
     """An `Engine` backed by the servers at `rollout.server_urls`, all of which must answer now.
 
-    `metas`: for each of the policy's weights its shape and the type that it is sent in. Raises
-    OSError if a server fails.
+    `metas`: each weight's shape, and the type that it is sent in. Raises OSError if one fails.
     """
     rollout = config.rollout
-    can_nccl = accelerator.device.type == "cuda" and find_spec("vllm") is not None
+    can_nccl = torch.cuda.device_count() > 1 and find_spec("vllm") is not None
     nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
     weights_dir = Path(config.run_dir).resolve() / "server_weights"
     way = "by nccl" if nccl else f"through {weights_dir}, which all servers must see"

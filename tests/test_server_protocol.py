@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from data_types import SamplingParams
 from infra.config import load_config
 from infra.setup import make_engine, sync_weights
 from infra.vllm_server import Servers, check_servers, generate_on_servers, run_async, send_by_disk
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -159,6 +162,28 @@ def test_a_buffer_keeps_its_type_on_the_way_to_servers(fake_server, make_state, 
     sent = load_file(tmp_path / "run/server_weights/model.safetensors")
     assert sent.pop("correction").item() == torch.tensor(1.001).item()
     assert len(sent) > 10 and {weight.dtype for weight in sent.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("gpus, way", [(0, "disk"), (1, "disk"), (2, "nccl")])
+def test_weights_go_from_gpu_to_gpu_only_if_there_is_one_for_the_servers(gpus, way, fake_server,
+                                                                         make_state, monkeypatch):
+    """nccl refuses a trainer and a server on one GPU."""
+    senders = []
+    state, _ = make_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(infra.vllm_server, "find_spec", lambda name: name)
+    monkeypatch.setattr(infra.vllm_server, "nccl_sender", lambda *_: senders.append("nccl"))
+    state.config.rollout.mode, state.config.rollout.server_urls = "server", fake_server(answer)
+    make_engine(state.config, state.accelerator, state.policy, state.tokenizer, None)
+    assert senders == ["nccl"] * (way == "nccl")
+
+
+def test_the_documented_servers_are_on_a_gpu_that_the_trainer_leaves_to_them():
+    page = (ROOT / "docs/VLLM.md").read_text()
+    one, two = re.findall(r"^(.*)vllm serve (.*)\naccelerate launch (.*)$", page, re.MULTILINE)
+    assert "nccl" not in one[1] and "--gpu-memory-utilization 0.4" in one[1]
+    assert "CUDA_VISIBLE_DEVICES=1 " in two[0] and '"backend": "nccl"' in two[1]
+    assert one[2] == two[2] and "weight_transfer" not in one[2]
 
 
 # ---- checks --------------------------------------------------------------------------------------
