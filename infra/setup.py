@@ -206,6 +206,9 @@ def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
     if whole.is_encoder_decoder or not known:
         raise ValueError(f"model.path: transformers has no causal language model of the kind of "
                          f"{path} ({model_config.model_type})")
+    if getattr(whole, "quantization_config", None):
+        raise ValueError(f"model.path: the weights of {path} are quantized, and cannot be trained: "
+                         "name the model that they were made of, or save a copy in bfloat16")
     if model_config is not whole:
         model_config.tie_word_embeddings = whole.tie_word_embeddings
         renamed = LANGUAGE_PART
