@@ -339,8 +339,9 @@ def test_ranks_that_get_their_weights_from_rank_0_start_with_empty_ones(tied, tm
     AutoTokenizer.from_pretrained(ROOT / "toy/base").save_pretrained(tmp_path)
     common = [f"model.path={tmp_path}", "val.file=", "actor.use_kl_loss=true"]
     for precision in ("mixed_precision=no", "mixed_precision=bf16 model.dtype=bfloat16"):
-        printed = run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER, "out", "sharded",
-                              "loading", *common, *precision.split()])
+        printed = run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER,
+                              str(tmp_path / "out"), "sharded", "loading", *common,
+                              *precision.split()])
         ranks = re.findall(r"rank (.) (\S+) (\S+) (\S+) (\S+)", printed)
         (policy, reference, shards, _), = (found for rank, *found in ranks if rank == "1")
         assert len(ranks) == 2 and all(apart == "0.0" for *_, apart in ranks)
