@@ -319,7 +319,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             make_model(args.shape, Path(folder))
-            args.parts = ["speed"]
+            args.parts, GOALS["speed"] = ["speed"], 0.5
             args.overrides[:0] = [
                 f"model.path={folder}", "mixed_precision=bf16", "data.max_response_length=1024",
                 "overlong_buffer.len=256", "rollout.max_num_seqs=512",

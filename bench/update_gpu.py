@@ -90,10 +90,10 @@ def main() -> None:
     args = parser.parse_args()
     ways = {"ours": ours, "ours, in blocks": ours_in_blocks, "bare": bare,
             "bare, rows as they are": packed}
-    missed, lines = False, []
-    print("| shape | way | tokens/s, median | least and most | ours / it | peak GB |\n"
-          "|---|---|---|---|---|---|")
-    for shape in args.shape:
+    missed = False
+    for shape in args.shape:  # what is known is printed before the next one starts
+        print("| shape | way | tokens/s, median | least and most | ours / it | peak GB |\n"
+              "|---|---|---|---|---|---|")
         state, samples = make_case(shape, args.tokens)
         rates, peak = {name: [] for name in ways}, {}
         for number in range(args.rounds + 1):
@@ -114,11 +114,10 @@ def main() -> None:
         texts = ["unknown" if mfu is None else f"{mfu:.2f}" for mfu in mfus]
         goal = MFU_GOALS.get(shape, 0)
         missed |= ratios[0] < GOAL or (mfus[0] or goal) < goal
-        lines.append(f"update of {shape} by {kernel(state)}: {ratios[0]:.2f} of bare passes (goal "
-                     f"{GOAL}), MFU {texts[0]}{f' (goal {goal})' * bool(goal)}; in blocks: "
-                     f"{ratios[1]:.2f} and {texts[1]}")
+        print(f"\nupdate of {shape} by {kernel(state)}: {ratios[0]:.2f} of bare passes (goal "
+              f"{GOAL}), MFU {texts[0]}{f' (goal {goal})' * bool(goal)}; in blocks: "
+              f"{ratios[1]:.2f} and {texts[1]}\n", flush=True)
         del state
-    print("", *lines, sep="\n")
     raise SystemExit(missed)
 
 

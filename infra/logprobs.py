@@ -22,7 +22,7 @@ from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
 from infra.memory import CHUNK_ELEMENTS, kept_elements
 from infra.packing import disable_packing, packing_kind
-from infra.precision import linear_fp32, matmul_fp32, round_like_autocast
+from infra.precision import is_plain_linear, linear_fp32, matmul_fp32, round_like_autocast
 from losses import importance_weights, kl_penalty
 
 MODIFIED_LOGITS = WeakSet()  # output heads whose model changes their logits (soft-capping, scaling)
@@ -34,6 +34,7 @@ def compute_logprobs(state: TrainState, model: torch.nn.Module,
     """The log-probs (T,) of every sample in the mini-batches under `model`, on the CPU of every
     rank, by the sample's key. A rank computes those of its share of each mini-batch."""
     config, accelerator = state.config, state.accelerator
+    state.engine.sleep()  # frees its memory; whatever generates next wakes it
     max_tokens, packed = config.actor.max_tokens_per_micro_batch, bool(packing_kind(state.policy))
     own = []
     for batch in batches:
@@ -60,14 +61,14 @@ def response_logprobs(model: torch.nn.Module, batch: dict,
     scaling), its own code makes those of the N positions.
     """
     head, tokens = getattr(model, "module", model).get_output_embeddings(), batch["tokens"]
-    fused = type(head) is torch.nn.Linear and head.bias is None and head not in MODIFIED_LOGITS
-    result = None
+    plain, result = is_plain_linear(head), None
+    fused = plain and head.bias is None and head not in MODIFIED_LOGITS
 
     def project(hidden: Tensor) -> Tensor:  # replaces the head's forward, when FSDP has it whole
         nonlocal result
         hidden = hidden.flatten(0, 1).index_select(0, batch["logit_positions"])  # (N, H)
         if not fused:
-            forward = linear_fp32 if type(head) is torch.nn.Linear else type(head).forward
+            forward = linear_fp32 if plain else type(head).forward
             return forward(head, hidden[None])  # (1, N, V)
         result = fused_linear_logprobs(hidden, head.weight, tokens, temperature)
         return result[0]

@@ -10,6 +10,7 @@ trained on padded rows, and so is a model whose log-probs on packed rows are not
 
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
@@ -104,8 +105,10 @@ def varlen_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tupl
     """Causal attention within each sequence, by torch's kernel for packed rows."""
     cu_seqlens, longest = make_cu_seqlens(lengths, query.device), max(lengths)
     rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
+    # torch 2.11 has no such option, and computes it all the same
+    gqa = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, scale=scaling,
-                       window_size=(-1, 0), enable_gqa=True)[None]
+                       window_size=(-1, 0), **gqa)[None]
 
 
 def block_sdpa(module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...],

@@ -40,6 +40,11 @@ def round_like_autocast(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) if on else tensor for tensor in tensors]
 
 
+def is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether it computes as torch's Linear does; FSDP2 gives its layers a class of their own."""
+    return isinstance(layer, torch.nn.Linear) and type(layer).forward is torch.nn.Linear.forward
+
+
 def linear_fp32(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
     """The head's logits in float32 or wider: (..., H) -> (..., V)."""
     x, weight = round_like_autocast(hidden, head.weight)
@@ -52,7 +57,7 @@ def linear_fp32(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
 def fp32_head(model: torch.nn.Module, autocast: Callable) -> Iterator[None]:
     """`autocast()`, and inside the model's head computes by `linear_fp32` if it is a plain one."""
     head = model.get_output_embeddings()
-    plain = type(head) is torch.nn.Linear
+    plain = is_plain_linear(head)
     if plain:
         head.forward = partial(linear_fp32, head)
     try:

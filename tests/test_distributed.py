@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +18,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import TINY, logprobs_of
 from safetensors.torch import load_file
 from test_train import make_mini_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from worker import MODES
 
 import infra.distributed
 import infra.logprobs
 from data_types import Prompt, Response, Sample, SamplingParams, Score
 from infra.batching import make_batch, micro_batches
+from infra.config import load_config
 from infra.distributed import map_over_ranks, raise_on_all_ranks
 from infra.logprobs import compute_logprobs
+from infra.memory import estimate_memory
+from infra.packing import packing_kind
+from infra.setup import load_on_ranks
 from rollout import generate
 from sampling import score_responses
 from train_dapo import compute_loss
@@ -126,6 +133,29 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
 
 
+@pytest.mark.parametrize("failure", [ValueError("no kernel"), KeyError("no kernel")])
+def test_a_rank_that_shares_an_engine_and_fails_ends_at_once_with_one_line(failure, monkeypatch,
+                                                                           capsys):
+    """The other ranks of the engine wait for it there; the launcher stops them."""
+    class Ended(BaseException):
+        """In place of the end of this process."""
+
+    def exit_now(code):
+        raise Ended(code)
+
+    def work(items):
+        raise failure
+    monkeypatch.setattr(os, "_exit", exit_now)
+    monkeypatch.setattr(infra.distributed, "gather_object", None)  # nobody else would come
+    rank = SimpleNamespace(process_index=3, num_processes=4)
+    with pytest.raises(Ended, match="1"):
+        map_over_ranks(rank, work, [0, 1], "step 3", ranks_per_share=2)
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: step 3: ") and "no kernel" in line and "(rank 3)" in line
+    assert "the same command resumes" in line
+    assert bool(traceback) == isinstance(failure, KeyError)  # a bug: where it is matters
+
+
 def test_every_rank_has_the_responses_and_scores_that_one_process_has(as_ranks, capsys):
     """A prompt is given to one engine, on all of its ranks, and scored once; one rank warns."""
     prompts = [Prompt(i, f"p{i}", [i], str(i), {}, position=i) for i in range(7)]
@@ -193,6 +223,51 @@ def test_every_rank_has_the_log_probs_of_all_samples(as_ranks, make_state):
             assert all(torch.allclose(found[key], expected[key], atol=1e-5) for key in expected)
 
 
+@pytest.fixture
+def as_rank_of_fsdp2(capsys):
+    """`as_rank_of_fsdp2(rank, "key=value", ...)`: what such a rank has loaded, and has printed."""
+    def load(rank, *overrides, trained=True):
+        plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+        accelerator = SimpleNamespace(is_fsdp2=True, is_main_process=rank == 0, print=print,
+                                      state=SimpleNamespace(fsdp_plugin=plugin))
+        PartialState(cpu=True)
+        config = load_config("config.yaml", overrides)
+        return load_on_ranks(config, accelerator, trained), capsys.readouterr().out
+    return load
+
+
+def test_a_rank_that_gets_its_weights_from_rank_0_has_all_else_and_reads_none(as_rank_of_fsdp2,
+                                                                              monkeypatch):
+    """Weights that lie apart in memory too: Accelerate finds those of the optimizer by that."""
+    model, _ = as_rank_of_fsdp2(0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    empty, _ = as_rank_of_fsdp2(1)
+    for kind in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(model, kind)(), getattr(empty, kind)(), strict=True)
+        for (name, one), (other_name, other) in pairs:
+            assert (name, one.shape, one.dtype) == (other_name, other.shape, other.dtype)
+            assert kind == "named_parameters" or torch.equal(one, other)
+    assert len({weight.data_ptr() for weight in empty.parameters()}) == len([*empty.parameters()])
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert not empty.training and packing_kind(empty) == packing_kind(model) == "varlen"
+
+
+def test_weights_that_fsdp2_will_train_in_float32_are_so_from_the_start(as_rank_of_fsdp2):
+    """With mixed precision; so the estimate of memory counts them, and a line says it."""
+    bf16 = "model.dtype=bfloat16", "mixed_precision=bf16"
+    line = "model.dtype: with mixed_precision, FSDP2 trains weights in float32\n"
+    for rank in (0, 1):
+        model, printed = as_rank_of_fsdp2(rank, *bf16)
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        assert printed == line
+        memory = estimate_memory(load_config("config.yaml", bf16), model, ranks=2, sharded=True)
+        assert memory["update"]["weights"] == 4 * model.num_parameters() / 2
+    for options in ((*bf16, False), (bf16[0], True), (bf16[1], True)):
+        model, printed = as_rank_of_fsdp2(0, *options[:-1], trained=options[-1])
+        kept = torch.float32 if options[0] == bf16[1] else torch.bfloat16
+        assert {weight.dtype for weight in model.parameters()} == {kept} and printed == ""
+
+
 # ---- real processes, over gloo -------------------------------------------------------------------
 
 def run_to_end(command):
@@ -226,6 +301,8 @@ def assert_alike(one, other):
         apart = np.abs(one[f"{mode}/weights"] - other[f"{mode}/weights"])
         assert clear.mean() > 0.5 and apart[clear].max() < 1e-5 and apart.max() < 1e-4
         assert np.abs(one[f"{mode}/merged"] - other[f"{mode}/merged"]).max() < 1e-4
+        for results in (one, other):  # the fused head, and nothing else
+            assert results[f"{mode}/head_paths"].tolist() == [True, False], mode
 
 
 @pytest.mark.slow
@@ -249,6 +326,26 @@ def test_a_sharded_policy_is_the_same_policy(one_process, tmp_path):
     assert sharded["shards"] == 2 and sharded["restored"] and sharded["exported"]
     assert sharded["intact"] and "__1_0.distcp" in str(sharded["missing"])
     assert sharded["lora_shards"] == 2 and sharded["lora_restored"] and sharded["lora_exported"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_that_get_their_weights_from_rank_0_start_with_empty_ones(tied, tmp_path):
+    """FSDP2 with cpu_ram_efficient_loading, and a reference policy too."""
+    config = Qwen2Config(vocab_size=4096, hidden_size=512, num_hidden_layers=12,
+                         num_attention_heads=8, num_key_value_heads=8, intermediate_size=2048,
+                         tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ROOT / "toy/base").save_pretrained(tmp_path)
+    common = [f"model.path={tmp_path}", "val.file=", "actor.use_kl_loss=true"]
+    for precision in ("mixed_precision=no", "mixed_precision=bf16 model.dtype=bfloat16"):
+        printed = run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER,
+                              str(tmp_path / "out"), "sharded", "loading", *common,
+                              *precision.split()])
+        ranks = re.findall(r"rank (.) (\S+) (\S+) (\S+) (\S+)", printed)
+        (policy, reference, shards, _), = (found for rank, *found in ranks if rank == "1")
+        assert len(ranks) == 2 and all(apart == "0.0" for *_, apart in ranks)
+        assert float(policy) < 0.1 and float(reference) < 0.1 and 0.4 < float(shards) < 1
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import logprobs_of, read_rows, reset_accelerate
+from torch.distributed.fsdp import FSDPModule
 from test_distributed import LAUNCH, ROOT, WORKER
 from test_train import make_mini_batch, same_weights, weights_of
 
@@ -16,6 +17,7 @@ from infra.checkpoint import list_checkpoints, read_metadata
 from infra.config import compute_dtype, load_config
 from infra.logprobs import fused_linear_logprobs
 from infra.metrics import StepRecord, actor_metrics
+from infra.precision import is_plain_linear
 from train_dapo import update_policy
 
 FP16 = "mixed_precision=fp16"
@@ -124,6 +126,15 @@ def test_the_fused_head_in_float16_is_float32s_also_at_the_scale_of_a_step():
         results.append((logprobs.double(), x.grad.double(), w.grad.double()))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-3 * b.norm()
+
+
+def test_a_head_that_fsdp2_has_made_a_class_of_its_own_is_a_plain_one():
+    """FSDP2 does so in real processes in test_distributed.py; a class with another forward is not."""
+    sharded = type("FSDPLinear", (FSDPModule, torch.nn.Linear), {})
+    other = type("Other", (torch.nn.Linear,), {"forward": lambda self, x: x})
+    assert is_plain_linear(torch.nn.Linear(2, 3))
+    assert is_plain_linear(object.__new__(sharded))
+    assert not is_plain_linear(other(2, 3)) and not is_plain_linear(torch.nn.Embedding(2, 3))
 
 
 def test_the_sampler_computes_in_the_type_of_the_trainers_passes():

@@ -2,12 +2,14 @@
 
     worker.py OUT [sharded]      OUT holds, for each mode, what was kept, trained on and learned
     worker.py OUT overflow [sharded]     instead, updates in fp16, one of which is skipped
+    worker.py OUT sharded loading KEY=VALUE...     instead, memory that the setup of a model takes
 """
 
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
+import infra.logprobs  # noqa: E402
 import infra.setup  # noqa: E402
 import train_dapo  # noqa: E402
 from data_types import Progress, Sample  # noqa: E402
@@ -44,7 +47,7 @@ def sharded_accelerator(**settings) -> Accelerator:
     # as Accelerate does, for states made later
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True)
     return accelerator
 
 
@@ -128,7 +131,11 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
         generate = uneven(state.engine.generate, accelerator.process_index,
                           accelerator.num_processes)
         state = replace(state, engine=replace(state.engine, generate=generate))
-    results = train(state, data, steps=2)
+    paths = ("fused_linear_logprobs", "token_logprobs")  # in chunks, or from whole logits
+    with mock.patch.multiple(infra.logprobs, **{
+            name: mock.Mock(wraps=getattr(infra.logprobs, name)) for name in paths}):
+        results = train(state, data, steps=2)
+        used = [getattr(infra.logprobs, name).call_count > 0 for name in paths]
     results.pop("progress")
     policy = accelerator.unwrap_model(state.policy)
     sharded = (all(isinstance(p, DTensor) for p in policy.parameters()) and accelerator.is_fsdp2
@@ -136,7 +143,7 @@ def two_steps(mode: str) -> dict[str, np.ndarray]:
                and packing_kind(state.policy) == "varlen")
     merged = merged_weights(policy)
     return {**results, "gradients": np.stack(gradients), "weights": policy_weights(state),
-            "merged": merged, "sharded": sharded,
+            "merged": merged, "sharded": sharded, "head_paths": used,
             "synced": np.array_equal(merged, merged_weights(rollout_model))}
 
 
@@ -202,6 +209,38 @@ def overflow() -> None:
     print(f"skipped {skipped} scales {scales}", flush=True)
 
 
+def loading(overrides: list[str]) -> None:
+    """Set up without an engine. Prints, for each rank: how much memory it took at most to load the
+    two models, and to shard the policy, as shares of the weights; and how far its weights are from
+    the file's."""
+    load, resident, rises = infra.setup.load_on_ranks, [], []
+
+    def kilobytes(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+    def measured_load(*args, **kwargs):
+        before = kilobytes("VmRSS")
+        model = load(*args, **kwargs)
+        rises.append(kilobytes("VmHWM") - before)
+        return model
+
+    with mock.patch.multiple(infra.setup, load_on_ranks=measured_load, keep_freed_memory=mock.Mock(),
+                             make_engine=lambda *_: resident.append(kilobytes("VmRSS"))):
+        state, _ = setup(load_config("config.yaml", overrides), transformers_engine)
+    rises.append(kilobytes("VmHWM") - resident[0])
+    exact = AutoModelForCausalLM.from_pretrained(state.config.model.path, dtype=torch.float32)
+    size = sum(weight.nbytes for weight in exact.parameters()) / 1024
+    apart, own = 0.0, dict(exact.named_parameters())
+    for model in (state.policy, state.reference):
+        weights = dict(iter_full_weights(model))
+        assert weights.keys() == own.keys() and not model.training
+        apart = max(apart, *((weights[name] - own[name]).abs().max().item() for name in own))
+    trained = [id(weight) for group in state.optimizer.param_groups for weight in group["params"]]
+    assert trained == list(map(id, state.policy.parameters()))
+    print(f"rank {state.accelerator.process_index}", *(f"{rise / size:.3f}" for rise in rises), apart,
+          flush=True)
+
+
 def main() -> None:
     out, sharded = sys.argv[1], "sharded" in sys.argv
     if sharded:
@@ -209,6 +248,9 @@ def main() -> None:
     results = {}
     if "overflow" in sys.argv:
         overflow()
+        MODES.clear()
+    if "loading" in sys.argv:
+        loading(sys.argv[4:])
         MODES.clear()
     for mode in MODES:
         results |= {f"{mode}/{name}": value for name, value in two_steps(mode).items()}
