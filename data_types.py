@@ -155,7 +155,7 @@ class Engine:
     # ids). Each prompt's seeds, integers, determine what is sampled; `progress` names a bar.
     generate: Callable[..., list[list[Response]]]
     sync: Callable[[Iterable[tuple[str, Tensor]]], None]  # take these weights, by name
-    sleep: Callable[[], None]  # free memory; nothing is generated until the next sync
+    sleep: Callable[[], None]  # free memory; the next sync or generate wakes it
     close: Callable[[], None]  # the run is over
     has_own_weights: bool      # a copy of the policy's
 

@@ -1,10 +1,11 @@
 r"""What a response is worth: the built-in reward functions and the overlong penalty.
 
 `math` is DAPO's published reward (section 2.4; `math_dapo` in the released code): +1 if the last
-`Answer: ...` of a response's last 300 characters equals the ground truth, -1 if not, both in the
-normal form of Minerva (Lewkowycz et al. 2022, appendix D.1). Departures:
+`Answer: ...` of a response's last 300 characters equals the ground truth, -1 if not, both in that
+code's normal form: Minerva's (Lewkowycz et al. 2022, appendix D.1), but the word `ft` stays.
+Departures:
 
-- A full stop at the end of an answer is dropped.
+- A full stop that ends an answer is dropped, also inside \boxed{6.}, $6.$ or \text{6.}.
 - An empty or missing answer is never right, and its `pred` is "" instead of "[INVALID]".
 - A ground truth of more than 300 characters is never right, so that the work is bounded.
 - `math_strict_box` looks for the last \boxed{...} in the last 300 characters; published: 100.
@@ -12,7 +13,6 @@ normal form of Minerva (Lewkowycz et al. 2022, appendix D.1). Departures:
 How a reward function of your own is called, and what it may return: infra/reward_function.py.
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -35,13 +35,6 @@ LATEX = [(re.compile(pattern, re.MULTILINE), plain) for pattern, plain in [
     (r"\\text\{([^}\n]*)\}", r"\1"), (r"\\textbf\{([^}\n]*)\}", r"\1"),
     (r"\\overline\{([^}\n]*)\}", r"\1"), (r"\\boxed\{(.*)\}", r"\1"),
     (r"frac([^{])(.)", r"frac{\1}{\2}"), (r"sqrt([^{])", r"sqrt{\1}")]]
-
-# Answers that are not passed to math_verify: see `score_math_verify`.
-WORK = re.compile(
-    r"\\(?:sum|int|prod|lim|d?t?binom|gcd|lcm|max|min|log|ln)(?![a-z])|!|mod|choose")
-ARITHMETIC = re.compile(
-    rf"[0-9)}}]\s*(?:[-+*^(]|\\times|\\cdot|\\div)|sqrt|{WORK.pattern}")
-NUMBER = re.compile(r"-?(?:[0-9.]+(?:/[0-9]+)?|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})(?:\\?%)?")
 
 
 def overlong_penalty(response_len: int, max_response_length: int, overlong_buffer_len: int,
@@ -76,14 +69,12 @@ def normalize_answer(text: str) -> str:
     """An answer in the published rule's normal form; "" for more than 300 characters."""
     if len(text) > ANSWER_WINDOW:
         return ""
-    if text.rstrip().endswith("."):
-        text = text.rstrip()[:-1]
     text = text.rpartition("=")[2]
     for old, new in SUBSTITUTIONS + [(expression, "") for expression in REMOVED_EXPRESSIONS]:
         text = text.replace(old, new)
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
-    text = text.replace("$", "")
+    text = text.replace("$", "").strip().removesuffix(".")
     digits = text.replace(",", "")
     return digits if digits.isdigit() else text.strip()
 
@@ -102,45 +93,6 @@ def score_math(response: str, ground_truth: str) -> Score:
 def score_math_strict_box(response: str, ground_truth: str) -> Score:
     r"""The last \boxed{...} of the last 300 characters, compared exactly and not normalised."""
     return exact_match(last_boxed(response[-ANSWER_WINDOW:]), ground_truth)
-
-
-def answer_or_box(response: str) -> str:
-    """What `math_verify` compares: the `Answer:`, or the last box if there is none."""
-    return extract_answer(response) or last_boxed(response[-ANSWER_WINDOW:])
-
-
-@lru_cache(maxsize=256)
-def parse_latex(text: str) -> list:
-    """What the library math_verify reads in `text`; infra/reward_pool.py sets the limit of time."""
-    from math_verify import parse
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that there is no limit
-    marked = re.search(r"\$|boxed|\\[(\[]", text)
-    return parse(text if marked else f"${text}$", parsing_timeout=None)
-
-
-def score_math_verify(response: str, ground_truth: str) -> Score:
-    """`answer_or_box`, compared as mathematics by the library math_verify: +1 or -1.
-
-    The library evaluates what it is given, so it is not given unevaluated expressions: sums,
-    factorials and the like that the ground truth lacks, or any arithmetic if the ground truth is a
-    number. Nor ratios such as 1:5, nor lists without brackets, whose order it ignores.
-    """
-    from math_verify import verify
-    answer, truth = answer_or_box(response), normalize_answer(ground_truth)
-    score = exact_match(normalize_answer(answer), truth)
-    work = ARITHMETIC if NUMBER.fullmatch(truth) else WORK
-    unfinished = work.search(answer) and not work.search(truth)
-    bare_list = "," in truth and not re.search(r"[\[({]", truth)
-    if score.acc or not (score.pred and truth) or unfinished or bare_list or (
-            re.search("[0-9]:[0-9]", answer)):
-        return score
-    try:
-        right = verify(parse_latex(ground_truth), parse_latex(answer), timeout_seconds=None)
-    except MemoryError:  # a failure of the worker, not a wrong answer
-        raise
-    except Exception:  # sympy raises anything on a malformed answer, which is then wrong
-        right = False
-    return Score(float(right), 1.0 if right else -1.0, score.pred)
 
 
 # ---- one score of several reward functions ------------------------------------------------------

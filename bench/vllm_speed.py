@@ -137,8 +137,10 @@ def step(args: argparse.Namespace, folder: str) -> float:
     rows = train(timed, Data(data.train, {}))[1:]
     names = ("generate", "logprobs", "update", "sync", "step")
     total = {name: statistics.mean(row[f"time/{name}"] for row in rows) for name in names}
-    total["logprobs"] -= statistics.mean(asleep[1:])
-    total["sync"] += statistics.mean(asleep[1:])
+    per_step = len(asleep) // (len(rows) + 1)  # calls; only the first of them takes time
+    falling_asleep = sum(asleep[per_step:]) / len(rows)
+    total["logprobs"] -= falling_asleep
+    total["sync"] += falling_asleep
     print(f"| {args.model} | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     print("| seconds, mean | " + " | ".join(f"{total[name]:.2f}" for name in names) + " |\n")
     print(f"sync / step {total['sync'] / total['step']:.3f}", end=" ")

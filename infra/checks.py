@@ -4,6 +4,7 @@ Each finding is one warning that names the key to set. Without it, a run would t
 responses that never end, or are never right.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 from data_types import Data, Prompt, Task
 from infra.config import split_list
+from infra.data import find_column
 from infra.distributed import map_over_ranks, warn
 from infra.reward_function import BUILT_IN
 from infra.reward_pool import IN_TRAINER, Scorer
@@ -30,6 +32,7 @@ def check_start(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
     if len(stop_ids) > 1:
         accelerator.print(f"a response ends with {token_names(tokenizer, stop_ids)}")
     for warning in chain(check_sampling(config),
+                         check_first_prompt(config.data, tokenizer, prompts[0]),
                          check_stop_tokens(config, tokenizer, stop_ids),
                          check_references(config, accelerator, scorer, prompts)):
         warn(accelerator, warning)
@@ -73,7 +76,8 @@ def check_stop_tokens(config: SimpleNamespace, tokenizer, stop_ids: Sequence[int
     answer = "the answer"
     chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        options = json.loads(config.data.chat_template_kwargs or "{}")
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except Exception:  # a template may refuse such a chat, with an error of any kind
         return
     after = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
@@ -83,6 +87,18 @@ def check_stop_tokens(config: SimpleNamespace, tokenizer, stop_ids: Sequence[int
         found = token_names(tokenizer, stop_ids) or "nothing"
         yield (f"the chat template ends a turn with {name!r}, but a response ends with {found}: "
                f"set rollout.stop_tokens={name}")
+
+
+def check_first_prompt(data: SimpleNamespace, tokenizer, prompt: Prompt) -> Iterator[str]:
+    """Whether something that the tokenizer or its chat template adds is in the data already."""
+    if prompt.token_ids[:2] == [tokenizer.bos_token_id] * 2:
+        yield (f"prompts begin with {tokenizer.bos_token!r} twice: the tokenizer adds it; leave it "
+               "out of data.prompt_template and the data")
+    raw = str(find_column(prompt.row, data.prompt_key))
+    marks = [token for token in tokenizer.all_special_tokens if token in raw]
+    if marks and data.apply_chat_template and tokenizer.chat_template:
+        yield (f"prompts in the data have a chat template's {marks[0]!r} already, and get another "
+               "one: set data.apply_chat_template=false")
 
 
 def check_references(config: SimpleNamespace, accelerator: Accelerator, scorer: Scorer,

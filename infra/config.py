@@ -7,6 +7,7 @@ The signs behind a bracket (`*` and `!`) are explained at the head of config.yam
 
 import argparse
 import difflib
+import json
 import math
 import operator
 import os
@@ -216,6 +217,10 @@ def check_config(config: SimpleNamespace) -> None:
     except re.error:
         groups = 0
     try:
+        template_kwargs = json.loads(data.chat_template_kwargs or "{}")
+    except (ValueError, RecursionError):
+        template_kwargs = None
+    try:
         weights = [float(weight) for weight in split_list(config.reward.weights)]
     except ValueError:
         weights = []
@@ -235,6 +240,10 @@ def check_config(config: SimpleNamespace) -> None:
          "data.prompt_template has no {prompt}: every prompt would be the same"),
         (not groups, f"data.answer_regex {data.answer_regex!r} is not a regular expression with a "
          "group: put the answer in parentheses"),
+        (not split_list(data.answer_key) and any(":" not in name for name in names),
+         f"data.answer_key is empty, and reward.name={config.reward.name} needs answers"),
+        (not isinstance(template_kwargs, dict),
+         f"data.chat_template_kwargs={data.chat_template_kwargs!r} is not a JSON object"),
         (not weights or len(weights) != len(names) or not all(map(math.isfinite, weights)),
          f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
          "reward.name is expected, separated by commas"),

@@ -25,7 +25,8 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence
     Args:
         function: from a share of the items to a sequence of as many results.
         doing: what an error message says was going on.
-        ranks_per_share: so many neighbouring ranks compute one share together.
+        ranks_per_share: so many neighbouring ranks compute one share together; if more than one,
+            a rank on which `function` raises ends at once, with a line.
     Raises:
         ValueError on all ranks if `function` raises on one of them; its own error on one process.
     """
@@ -40,6 +41,10 @@ def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence
             raise
         traceback.print_exc()
         error = repr(failure)
+    if error and ranks_per_share > 1:  # its neighbours wait for it there, and would not learn of it
+        print(f"error: {doing}: {error} (rank {accelerator.process_index}); the same command "
+              "resumes from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)
     gathered = gather_object([([] if member else results, error)])
     for _, error in gathered:
         if error:

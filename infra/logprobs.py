@@ -34,6 +34,7 @@ def compute_logprobs(state: TrainState, model: torch.nn.Module,
     """The log-probs (T,) of every sample in the mini-batches under `model`, on the CPU of every
     rank, by the sample's key. A rank computes those of its share of each mini-batch."""
     config, accelerator = state.config, state.accelerator
+    state.engine.sleep()  # frees its memory; whatever generates next wakes it
     max_tokens, packing = config.actor.max_tokens_per_micro_batch, packing_kind(state.policy)
     own = []
     for batch in batches:

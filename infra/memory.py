@@ -40,14 +40,16 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def out_of_memory(phase: str) -> Iterator[None]:
-    """Turn a torch.OutOfMemoryError of the block into a ValueError that says what to do."""
+    """Turn running out of memory in the block into a ValueError that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch's, or that of vLLM's allocator, without a type of its own
+        if "out of memory" not in str(error):
+            raise
         reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
         remedy = REMEDIES.get(phase, REMEDIES["start"])
-        raise ValueError(f"out of memory in phase {phase}: {remedy}. {reason}") from error
-
+        cause = torch.OutOfMemoryError(error)  # which tells whoever ends the run that it was this
+        raise ValueError(f"out of memory in phase {phase}: {remedy}. {reason}") from cause
 
 def report_memory(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
                   reference: torch.nn.Module | None, sharded: bool, vllm: bool) -> None:

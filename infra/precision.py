@@ -42,8 +42,7 @@ def round_like_autocast(*tensors: Tensor) -> list[Tensor]:
 
 def is_plain_linear(layer: torch.nn.Module) -> bool:
     """Whether it computes as torch's Linear does; FSDP2 gives its layers a class of their own."""
-    return (isinstance(layer, torch.nn.Linear)
-            and type(layer).forward is torch.nn.Linear.forward)
+    return isinstance(layer, torch.nn.Linear) and type(layer).forward is torch.nn.Linear.forward
 
 
 def linear_fp32(head: torch.nn.Linear, hidden: Tensor) -> Tensor:

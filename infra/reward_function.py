@@ -5,7 +5,8 @@ A reward function of your own is `reward.name=path/to/file.py:function`. It is c
 if it takes `**row`; an argument called `response_length` gets the response's length in tokens, EOS
 included. A *group reward*, whose first argument is called `responses`, gets all responses of a
 prompt (and the list of their lengths) and returns a list of scores. A score is a number; a dict
-with `score` and optionally `acc`, `pred` and further values; or a `reward.Score`.
+with `score` and optionally `acc`, `pred` and further values; or a `reward.Score`. An `async def`
+function is awaited. Its imports find files beside it first, this repository's last.
 """
 
 import importlib.util
@@ -13,16 +14,20 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from data_types import Score, Task
-from reward import score_math, score_math_strict_box, score_math_verify
+from infra.math_verify import score_math_verify
+from reward import score_math, score_math_strict_box
 
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}
 signature_of = lru_cache(inspect.signature)
+OURS = Path(__file__).resolve().parent.parent
 
 
 def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callable:
@@ -36,19 +41,47 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
                          "path/to/file.py:function")
     if not Path(path).is_file():
         raise ValueError(f"reward.name: {name!r}: there is no file {Path(path).absolute()}")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
-    sys.path.append(str(Path(path).resolve().parent))  # for imports from the file's own directory
     try:
-        spec.loader.exec_module(module)
+        module = import_file(Path(path).resolve())
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward.name: cannot import {path}: "
-                         f"{describe_error(error, module.__file__)}") from error
+                         f"{describe_error(error, str(Path(path).resolve()))}") from error
     if not callable(function := getattr(module, function_name, None)):
         raise ValueError(f"reward.name: {path} has no function {function_name!r}")
+    if inspect.isfunction(type(function).__call__):
+        function = function.__call__  # of an object, which need not be hashable
+    try:
+        signature_of(function)
+    except ValueError:  # what is written in C may not tell its arguments
+        function = type
+    if (inspect.isclass(function) or inspect.isgeneratorfunction(function)
+            or inspect.isasyncgenfunction(function)):
+        raise ValueError(f"reward.name: {name} is a class, has a `yield`, or does not tell its "
+                         "arguments: name a function that returns a score, or an object")
     for row in example_rows:
         keyword_arguments(function, row)
     return function
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module in a file. Its imports look beside it and above its package, then in libraries,
+    then in the working directory, then here."""
+    root = next(above for above in path.parents if not (above / "__init__.py").is_file())
+    for name in ("reward", "data_types", "infra"):  # a file of the user's own, called like ours
+        beside = {path.parent / f"{name}.py", path.parent / name / "__init__.py"} - {path}
+        if path.parent != OURS and any(map(Path.is_file, beside)):
+            for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
+                del sys.modules[loaded]
+    sys.path[:0] = [str(where) for where in dict.fromkeys([path.parent, root]) if where != OURS]
+    sys.path.insert(-1, str(Path.cwd()))
+    if root == path.parent and path.is_relative_to(Path.cwd()):
+        root = Path.cwd()  # its directory may be a package without __init__.py
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
+    name = name if "." in name else f"reward_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
 
 
 def is_group_reward(function: Callable) -> bool:
@@ -79,6 +112,19 @@ def keyword_arguments(function: Callable, row: dict, length: int | list[int] = 0
 
 
 def score_task(function: Callable, task: Task) -> list[Score]:
+    """`await_scores` of a function that is not `async`."""
+    return finish(await_scores(function, task))
+
+
+def finish(coroutine: Coroutine) -> Any:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+
+
+async def await_scores(function: Callable, task: Task) -> list[Score]:
     """A score for each response of a prompt. Raises ValueError if the function fails, with the line
     in the function's own file, or if it returns something else than scores."""
     group = is_group_reward(function)
@@ -87,9 +133,11 @@ def score_task(function: Callable, task: Task) -> list[Score]:
     for response, length in [(task.responses, task.lengths)] if group else calls:
         arguments = keyword_arguments(function, task.row, length)
         try:
-            values.append(function(response, task.ground_truth, **arguments))
+            value = function(response, task.ground_truth, **arguments)
+            values.append(await value if inspect.iscoroutinefunction(function) else value)
         except Exception as error:
-            own_file = getattr(sys.modules.get(function.__module__), "__file__", None)
+            module = sys.modules.get(getattr(function, "func", function).__module__)
+            own_file = getattr(module, "__file__", None)
             raise ValueError("the reward function raised "
                              f"{describe_error(error, own_file)}") from error
     if group:

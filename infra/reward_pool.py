@@ -2,29 +2,37 @@
 
 `math` and `math_strict_box` do bounded work and run in the trainer. For any other reward function
 the trainer starts *workers*. A worker is a process that loads the function, calls it on an example,
-and then scores one task after the other. If a call takes too long or lacks memory, the worker is
-killed with all that it started, and another one takes its place with the next call. Workers end
-with the trainer, import neither torch nor the trainer's script, and see no Ctrl-C.
+and then scores one task after the other, or up to 64 at a time if the function is `async`: one that
+takes too long is then cancelled. If a call blocks too long or lacks memory, the worker is killed
+with all that it started, and another one takes its place with the next call. Workers end with the
+trainer, import neither torch nor the trainer's script, and see no Ctrl-C.
 """
 
+import asyncio
+import inspect
 import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import astuple
+from itertools import chain
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
 from data_types import Prompt, Score, Task
-from infra.reward_function import is_group_reward, load_reward_function, score_task
-from reward import answer_or_box, failed_score, weighted_sum
+from infra.math_verify import answer_or_box
+from infra.reward_function import (
+    await_scores, finish, is_group_reward, load_reward_function, score_task)
+from reward import failed_score, weighted_sum
 
 IN_TRAINER = ("math", "math_strict_box")
 MEMORY = 8 * 2**30  # bytes of address space for each worker
+AT_A_TIME = 64  # calls of an `async` function in each worker
 LOAD_TIMEOUT = 300.0  # seconds to load, and call the example: 8 GiB from a disk of 30 MB/s
 
 Scorer = Callable[[Sequence[Task]], list[list[Score]]]
@@ -65,30 +73,35 @@ def make_single_scorer(name: str, workers: int, timeout: float,
         function = load_reward_function(name)
         return lambda tasks: [score_task(function, task) for task in tasks]
     idle, threads = SimpleQueue(), ThreadPoolExecutor(workers)
-    for worker in [start_worker(name, examples) for _ in range(workers)]:  # they load in parallel
-        is_group = wait_until_loaded(worker, name)
+    for worker in [start_worker(name, examples, timeout) for _ in range(workers)]:  # in parallel
+        is_group, is_async = wait_until_loaded(worker, name)
         idle.put(worker)
 
-    def call(task: Task) -> list[Score]:
+    def call(tasks: Sequence[Task]) -> list[list[Score]]:
         worker = idle.get()
         try:
             if worker.process.poll() is not None:  # killed after a failure, or died since
                 kill(worker)
-                worker = start_worker(name, examples)
+                worker = start_worker(name, examples, timeout)
                 wait_until_loaded(worker, name)
-            return score_in(worker, task, timeout)
+            return score_in(worker, tasks, timeout, 1.5 * timeout + 1 if is_async else timeout)
         finally:
             idle.put(worker)
 
+    def call_all(tasks: Sequence[Task]) -> list[list[Score]]:
+        size = min(AT_A_TIME, -(-len(tasks) // workers)) if is_async else 1
+        parts = [tasks[at:at + size] for at in range(0, len(tasks), size or 1)]
+        return list(chain.from_iterable(threads.map(call, parts)))
+
     def score_all(tasks: Sequence[Task]) -> list[list[Score]]:
         if is_group:
-            return list(threads.map(call, tasks))
+            return call_all(tasks)
         calls, keys = {}, []  # a call for each key: for each response, or for each distinct answer
         for i, task in enumerate(tasks):
             for j, (text, length) in enumerate(zip(task.responses, task.lengths, strict=True)):
                 keys.append((i, answer_or_box(text) if name == "math_verify" else j))
                 calls[keys[-1]] = task._replace(responses=[text], lengths=[length])
-        scores = dict(zip(calls, threads.map(call, calls.values()), strict=True))
+        scores = dict(zip(calls, call_all([*calls.values()]), strict=True))
         in_order = iter(keys)
         return [[scores[next(in_order)][0] for _ in task.responses] for task in tasks]
     return score_all
@@ -102,11 +115,12 @@ class Worker(NamedTuple):
     guard_input: Connection  # ends with the trainer, or with the last reference to this worker
 
 
-def start_worker(name: str, examples: Sequence[Prompt]) -> Worker:
+def start_worker(name: str, examples: Sequence[Prompt], timeout: float) -> Worker:
     """A worker that begins to load the reward function."""
     pipe, remote = Pipe()
     code = (f"import sys; sys.path[0] = {str(Path(__file__).parent.parent)!r}\n"
-            f"from infra.reward_pool import run_worker; run_worker({remote.fileno()})")
+            "from infra.reward_pool import run_worker\n"
+            f"sys.path.append(sys.path.pop(0)); run_worker({remote.fileno()})")
     process = subprocess.Popen(
         [sys.executable, "-c", code], pass_fds=[remote.fileno()], stdin=subprocess.DEVNULL,
         stdout=2, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
@@ -116,12 +130,12 @@ def start_worker(name: str, examples: Sequence[Prompt]) -> Worker:
     read_end, guard_input = Pipe(duplex=False)
     guard = subprocess.Popen(["sh", "-c", f"read _; kill -9 -{process.pid}"], stdin=read_end,
                              stderr=subprocess.DEVNULL, start_new_session=True)
-    pipe.send((name, examples))
+    pipe.send((name, examples, timeout))
     return Worker(process, pipe, guard, guard_input)
 
 
-def wait_until_loaded(worker: Worker, name: str) -> bool:
-    """Whether it is a group reward. Raises ValueError if it cannot be loaded or called."""
+def wait_until_loaded(worker: Worker, name: str) -> tuple[bool, bool]:
+    """Whether it is a group reward, and `async`. Raises ValueError if it cannot be loaded."""
     reply = (f"reward.name: {name} did not load and score an example within {LOAD_TIMEOUT:.0f} s, "
              f"or died (see above); it has {MEMORY // 2**30} GiB of address space")
     with suppress(EOFError, OSError):
@@ -133,19 +147,21 @@ def wait_until_loaded(worker: Worker, name: str) -> bool:
     return reply
 
 
-def score_in(worker: Worker, task: Task, timeout: float) -> list[Score]:
-    """A score for each response. Kills a worker that takes too long, dies or lacks memory."""
+def score_in(worker: Worker, tasks: Sequence[Task], timeout: float,
+             limit: float) -> list[list[Score]]:
+    """A score for each response. Kills a worker that takes longer than `limit` seconds, dies or
+    lacks memory."""
     status, reply = "timeout", f"the reward function took more than {timeout:g} s"
     try:
-        worker.pipe.send(task)
-        if worker.pipe.poll(timeout):
+        worker.pipe.send([*map(tuple, tasks)])  # no classes: the user may have a data_types.py
+        if worker.pipe.poll(limit):
             status, reply = "error", worker.pipe.recv()
     except (EOFError, OSError):
         status, reply = "error", f"the reward function's process died ({kill(worker)})"
     if isinstance(reply, str):
         kill(worker)
-        return [failed_score(status, [1.0], reply)] * len(task.responses)
-    return reply
+        return [[failed_score(status, [1.0], reply)] * len(task.responses) for task in tasks]
+    return [[Score(*values) for values in scores] for scores in reply]
 
 
 def kill(worker: Worker) -> int:
@@ -159,36 +175,49 @@ def kill(worker: Worker) -> int:
 # ---- in the workers -----------------------------------------------------------------------------
 
 def run_worker(fd: int) -> None:
-    """Load the reward function, then score one task after the other, until the trainer closes its
-    end of the pipe `fd`. Replies whether it is a group reward, then the scores of each task; or a
-    message if it can do no more."""
+    """Load the reward function, then score tasks, until the trainer closes its end of the pipe
+    `fd`. Replies whether it is a group reward and `async`, then the scores; or a message if it can
+    do no more."""
     with suppress(ValueError, OSError):  # macOS has no such limit; a lower one stays as it is
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.set_inheritable(fd, False)  # not for programs that the reward function starts
     trainer, pid = Connection(fd), os.getpid()
-    name, examples = trainer.recv()
+    name, examples, timeout = trainer.recv()
     try:
         function = load_reward_function(name, [prompt.row for prompt in examples])
     except Exception as error:
         return trainer.send(str(error) if isinstance(error, ValueError) else repr(error))
+    is_async = inspect.iscoroutinefunction(function)
+    run = asyncio.new_event_loop().run_until_complete if is_async else finish
+    timeout = timeout if is_async else 0.0
     for prompt in examples[:1]:  # the first call may load more; whether it fails does not matter
         responses = [f"Answer: {prompt.answer}", r"Answer: $\frac{5\pi}{2}$"]  # right and wrong
-        try_to_score(function, Task(responses, [9, 9], prompt.answer, prompt.row))
-    reply = is_group_reward(function)
+        run(try_to_score(function, [(responses, [9, 9], prompt.answer, prompt.row)], 0.0))
+    reply = is_group_reward(function), is_async
     with suppress(EOFError, OSError):  # the trainer is gone
         while os.getpid() == pid:  # a fork that the reward function made must not answer too
             trainer.send(reply)
-            reply = try_to_score(function, trainer.recv())
+            reply = run(try_to_score(function, trainer.recv(), timeout))
     os._exit(0)
 
 
-def try_to_score(function: Callable, task: Task) -> list[Score] | str:
-    """The scores of a task, failed ones if the function fails; a message if it lacks memory."""
+async def try_to_score(function: Callable, tasks: Sequence[tuple],
+                       timeout: float) -> list[list[tuple]] | str:
+    """The scores of tasks, failed ones if the function fails or takes more than `timeout` seconds
+    (0: no limit); a message if it lacks memory. Several tasks are scored at a time."""
+    if len(tasks) > 1:
+        replies = await asyncio.gather(*(try_to_score(function, [task], timeout) for task in tasks))
+        failures = [reply for reply in replies if isinstance(reply, str)]
+        return failures[0] if failures else [reply[0] for reply in replies]
+    task, status = Task(*tasks[0]), "error"
     try:
-        return score_task(function, task)
+        async with asyncio.timeout(timeout) if timeout else nullcontext():
+            return [[*map(astuple, await await_scores(function, task))]]
+    except TimeoutError:
+        status, message = "timeout", f"the reward function took more than {timeout:g} s"
     except BaseException as error:  # SystemExit, too
         message = str(error) if isinstance(error, ValueError) else (
             f"the reward function ended with {error!r:.300}")
         if isinstance(error.__cause__, MemoryError):
             return f"{message} (it has {MEMORY // 2**30} GiB of address space)"
-    return [failed_score("error", [1.0], message)] * len(task.responses)
+    return [[astuple(failed_score(status, [1.0], message))] * len(task.responses)]

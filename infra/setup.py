@@ -120,8 +120,9 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: "
                          f"pip install {config.log_with}")
-    if on_cpu:  # the launcher sets one thread
-        torch.set_num_threads(cpus_per_process(accelerator))
+    # The launcher sets one; on GPU machines too, the optimizer may be on the CPU (offload).
+    torch.set_num_threads(cpus_per_process(accelerator))
+    if on_cpu:
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower
     if on_cpu and config.mixed_precision == "fp16":  # what Accelerate does on GPUs only
@@ -181,11 +182,10 @@ def load_on_ranks(config: SimpleNamespace, accelerator: Accelerator,
     with raise_on_all_ranks("rank 0") if sends else nullcontext():
         model = load_model(config, empty)
     dtypes = [weight.dtype for weight in model.parameters()]  # some models keep some in float32
-    if accelerator.is_fsdp2 and trained and config.mixed_precision != "no":  # else Accelerate does
+    mixed = accelerator.is_fsdp2 and config.mixed_precision != "no"
+    if trained and mixed and config.model.dtype != "float32":  # else Accelerate does it, later
         dtypes = [torch.float32] * len(dtypes)
-        if config.model.dtype != "float32":
-            accelerator.print(f"model.dtype={config.model.dtype}: with mixed_precision, FSDP2 "
-                              "trains weights in float32")
+        accelerator.print("model.dtype: with mixed_precision, FSDP2 trains weights in float32")
     dtypes, model.generation_config = broadcast_object_list([dtypes, model.generation_config])
     for weight, dtype in zip(model.parameters(), dtypes, strict=True):
         weight.data = torch.empty_like(weight, dtype=dtype) if empty else weight.data.to(dtype)
@@ -206,6 +206,9 @@ def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
     if whole.is_encoder_decoder or not known:
         raise ValueError(f"model.path: transformers has no causal language model of the kind of "
                          f"{path} ({model_config.model_type})")
+    if getattr(whole, "quantization_config", None):
+        raise ValueError(f"model.path: the weights of {path} are quantized, and cannot be trained: "
+                         "name the model that they were made of, or save a copy in bfloat16")
     if model_config is not whole:
         model_config.tie_word_embeddings = whole.tie_word_embeddings
         renamed = LANGUAGE_PART
@@ -227,13 +230,12 @@ def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
             model = AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=config.model.trust_remote_code, **settings).eval()
         model.tie_weights()
-        report = {"missing_keys": []}
     else:
         model, report = load_pretrained(AutoModelForCausalLM, config.model, config=model_config,
                                         key_mapping=renamed, output_loading_info=True, **settings)
-    if report["missing_keys"]:
-        raise ValueError(f"model.path: {path} lacks {len(report['missing_keys'])} weights of "
-                         f"{type(model).__name__}, {min(report['missing_keys'])} among them")
+        if missing := report["missing_keys"]:
+            raise ValueError(f"model.path: {path} lacks {len(missing)} weights of "
+                             f"{type(model).__name__}, {min(missing)} among them")
     repair_generation_config(model)
     if renamed:  # save_pretrained would try to undo it
         model._weight_conversions = None
@@ -293,17 +295,20 @@ def make_engine(config: SimpleNamespace, accelerator: Accelerator, policy: torch
     stop_ids = stop_token_ids(policy, tokenizer)
     if config.rollout.mode == "server":
         from infra.vllm_server import server_engine
-        shapes = {name: tuple(weight.shape)
-                  for name, weight in iter_full_weights(policy, tied=True)}
-        return server_engine(config, accelerator, tokenizer, stop_ids, shapes)
+        kept = dict(policy.named_buffers())  # a router's corrections: float32 in vLLM too
+        dtype = getattr(torch, compute_dtype(config))
+        metas = {name: (tuple(weight.shape), weight.dtype if name in kept else dtype)
+                 for name, weight in iter_full_weights(policy, tied=True)}
+        return server_engine(config, accelerator, tokenizer, stop_ids, metas)
     if backend == "vllm" and not find_spec("vllm"):
         raise ValueError("rollout.backend: vllm is not installed: pip install -r "
                          "requirements-vllm.txt (GPUs) or -r requirements-vllm-cpu.txt, or set it "
                          "to transformers")
     if uses_vllm(config):
-        if accelerator.num_processes % tp_size:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        if local % tp_size:
             raise ValueError(f"rollout.tensor_parallel_size={tp_size} does not divide the number "
-                             f"of processes, {accelerator.num_processes}")
+                             f"of processes on a machine, {local}")
         from infra.vllm_engine import vllm_engine
         return vllm_engine(config, accelerator, tokenizer, stop_ids, policy)
     if tp_size > 1:

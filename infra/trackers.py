@@ -32,7 +32,8 @@ def start_tracker(accelerator: Accelerator, config: SimpleNamespace, resumed: bo
     options = {"wandb": {"name": run_dir.name, "dir": run_dir, "id": known, "resume": "allow"},
                "mlflow": {"run_name": run_dir.name, "run_id": known}}
     with no_tracker_ends_the_run(accelerator):
-        accelerator.init_trackers("dapo", flatten(config), options)
+        # mlflow refuses to change what a record says of its config.
+        accelerator.init_trackers("dapo", None if known else flatten(config), options)
         for tracker in accelerator.trackers if accelerator.is_main_process else ():
             if tracker.name in options:
                 record = tracker.tracker

@@ -1,8 +1,8 @@
 """vLLM inside each training process: an `Engine` on the trainer's device.
 
 Weights go from the policy into vLLM one at a time, with no file in between. On a GPU the engine
-sleeps while the policy is updated: `sleep` frees its weights and KV cache; the next `sync` takes
-the new weights, then allocates the cache again.
+sleeps while the trainer computes: `sleep` frees its weights and KV cache; the next `sync`, or
+`generate`, takes the policy's weights, then allocates the cache again.
 """
 
 import math
@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from data_types import Engine, Response, SamplingParams
 from infra.config import compute_dtype
+from infra.distributed import iter_full_weights
 from infra.tokens import make_responses
 
 
@@ -56,6 +56,8 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
                   hf_overrides=partial(language_config, policy.config, fp32_head),
                   logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it
+        if "out of memory" in str(error):
+            raise
         raise ValueError(f"rollout.backend: vLLM does not start: {error} "
                          "(VLLM_LOGGING_LEVEL=INFO shows its log)") from error
 
@@ -67,11 +69,16 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
             raise RuntimeError("vLLM did not empty its prefix cache")
 
     def sleep() -> None:
-        if not on_cpu:
+        if not on_cpu and not llm.llm_engine.is_sleeping():
             llm.sleep(level=2)  # 2: drop the weights instead of copying them to the CPU
 
-    return Engine(generate=partial(generate_in_process, llm, tokenizer, stop_ids), sync=sync,
-                  sleep=sleep, close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
+    def generate(llm, *args, **kwargs) -> list[list[Response]]:
+        if llm.llm_engine.is_sleeping():  # for passes of the trainer in the middle of a step
+            sync(iter_full_weights(policy, tied=True))
+        return generate_in_process(llm, tokenizer, stop_ids, *args, **kwargs)
+
+    return Engine(generate=partial(generate, llm), sync=sync, sleep=sleep,
+                  close=llm.llm_engine.engine_core.shutdown, has_own_weights=True)
 
 
 def language_config(policy_config, fp32_head: bool, found):
@@ -125,7 +132,7 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
         results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests,
                                use_tqdm=False)
     except (AssertionError, RuntimeError) as error:  # only now it says what it cannot compute
-        if isinstance(error, torch.OutOfMemoryError):
+        if "out of memory" in str(error):
             raise
         raise ValueError(f"rollout.backend: vLLM cannot run this model: {error}") from error
     rows = []

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate, cycle
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_types import Engine, Response, SamplingParams
-from infra.config import compute_dtype, escape_control
+from infra.config import escape_control
 from infra.distributed import raise_on_all_ranks
 from infra.vllm_engine import group_responses, request_params
 
@@ -50,25 +50,28 @@ class Servers:
     urls: list[str]
     timeout: int       # seconds that one may take to answer a check, or to take new weights
     version: str = ""  # of the weights that they must have; "" accepts any
+    key: str = field(default="", repr=False)  # their --api-key, if they have one
 
 
 def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, stop_ids: list[int],
-                  shapes: dict[str, tuple[int, ...]]) -> Engine:
+                  metas: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Engine:
     """An `Engine` backed by the servers at `rollout.server_urls`, all of which must answer now.
 
-    `shapes` are those of the policy's weights, by name. Raises OSError if a server fails.
+    `metas`: each weight's shape, and the type that it is sent in. Raises OSError if one fails.
     """
     rollout = config.rollout
-    dtype = getattr(torch, compute_dtype(config))
-    can_nccl = accelerator.device.type == "cuda" and find_spec("vllm") is not None
+    can_nccl = torch.cuda.device_count() > 1 and find_spec("vllm") is not None
     nccl = rollout.weight_transfer == "nccl" or (rollout.weight_transfer == "auto" and can_nccl)
     weights_dir = Path(config.run_dir).resolve() / "server_weights"
     way = "by nccl" if nccl else f"through {weights_dir}, which all servers must see"
-    servers = Servers(rollout.server_urls.split(","), rollout.server_timeout)
+    servers = Servers(rollout.server_urls.split(","), rollout.server_timeout,
+                      key=os.environ.get(rollout.server_api_key, ""))
+    if not servers.key and rollout.server_api_key != "VLLM_API_KEY":  # not repeated: a key, perhaps
+        raise OSError("rollout.server_api_key: no environment variable has this name")
 
     def sync(weights: Iterable[tuple[str, Tensor]]) -> None:
         servers.version = broadcast_object_list([str(time.time_ns())])[0]
-        weights = ((name, weight.to(dtype)) for name, weight in weights)
+        weights = ((name, weight.to(metas[name][1])) for name, weight in weights)
         with raise_on_all_ranks(f"cannot send the weights {way}"):
             try:
                 if accelerator.is_main_process:
@@ -81,8 +84,9 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
     with raise_on_all_ranks("rollout.server_urls"):
         if accelerator.is_main_process:
             run_async(check_servers, servers)
+            run_async(request_all, servers, "/v1/models", [None] * len(servers.urls))  # the key
             if nccl:
-                send = nccl_sender(servers, shapes, dtype)
+                send = nccl_sender(servers, metas)
     generate = partial(generate_on_servers, servers, tokenizer, stop_ids, rollout.max_num_seqs)
     return Engine(generate, sync, sleep=lambda: None, has_own_weights=True,
                   close=partial(shutil.rmtree, weights_dir, ignore_errors=True))
@@ -90,12 +94,13 @@ def server_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer, 
 
 # ---- requests: all raise OSError -----------------------------------------------------------------
 
-def run_async(function: Callable, *args):
-    """The result of `await function(client, *args)`."""
+def run_async(function: Callable, servers: Servers, *args):
+    """The result of `await function(client, servers, *args)`."""
     async def with_client():
         transport = AsyncHTTPTransport(limits=Limits(), socket_options=KEEPALIVE)
-        async with AsyncClient(transport=transport) as client:
-            return await function(client, *args)
+        headers = {"Authorization": f"Bearer {servers.key}"} if servers.key else {}
+        async with AsyncClient(transport=transport, headers=headers) as client:
+            return await function(client, servers, *args)
     return asyncio.run(with_client())
 
 
@@ -114,6 +119,8 @@ async def request(client: AsyncClient, url: str, path: str, body: dict | None,
         return answer
     if response.status_code == 404:
         hint = "is it vLLM, and was it started with VLLM_SERVER_DEV_MODE=1?"
+    if response.status_code == 401:
+        hint = "put its --api-key into the environment variable that rollout.server_api_key names"
     text = " ".join(response.text.split())[:300]
     raise OSError(f"{url}{path}: {response.status_code}, {text}: {hint}")
 
@@ -158,8 +165,7 @@ def send_by_disk(servers: Servers, folder: Path, weights: Iterable[tuple[str, Te
     post(servers, "/update_weight_version", new_version=servers.version)
 
 
-def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
-                dtype: torch.dtype) -> Callable[[Iterable], None]:
+def nccl_sender(servers: Servers, metas: dict[str, tuple]) -> Callable[[Iterable], None]:
     """A function that sends weights from this GPU to all servers, by vLLM's weight transfer.
 
     Raises OSError, as does the function; a failure in the middle of a transfer ends the process.
@@ -173,7 +179,7 @@ def nccl_sender(servers: Servers, shapes: dict[str, tuple[int, ...]],
         values: Iterable[tuple[str, Tensor]] | None = ()  # None: nothing is being sent
 
         def metadata(self):
-            return [ParamMeta(name, dtype, shape) for name, shape in shapes.items()]
+            return [ParamMeta(name, dtype, shape) for name, (shape, dtype) in metas.items()]
 
         def __iter__(self):
             return iter(self.values)
@@ -234,7 +240,7 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
         bar.update()
         return read_choices(url, answer, params.max_tokens)
 
-    async def complete_all(client: AsyncClient) -> list[list[tuple]]:
+    async def complete_all(client: AsyncClient, servers: Servers) -> list[list[tuple]]:
         work = asyncio.gather(*map(partial(complete, client), cycle(servers.urls), prompts,
                                    request_params(params, seeds, stop_ids)))
         try:
@@ -250,7 +256,7 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
 
     with tqdm(desc=progress, total=len(prompts), disable=not progress, leave=False,
               delay=10) as bar:
-        rows = [row for group in run_async(complete_all) for row in group]
+        rows = [row for group in run_async(complete_all, servers) for row in group]
     return group_responses(tokenizer, rows, params)
 
 

@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
             [{"prompt": "a1 b+1?", "answer": "2"}, "{broken\n"],
             "data.jsonl:2: a JSON object .* is expected",
         ),
-        ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no text or number in 'answer,"),
+        ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no single text or number in 'reward_model.ground_truth,"),
         ([], "data.jsonl: none of 0 rows is"),
     ],
 )
@@ -258,6 +258,16 @@ def test_a_model_with_scaled_positions_reaches_as_far_as_they_do(base, scaling, 
     load_model(load_config("config.yaml", [*options, f"data.max_response_length={reach - 64}"]))
     with pytest.raises(ValueError, match=f"= {reach + 1} tokens, but .* has {reach} positions"):
         load_model(load_config("config.yaml", [*options, f"data.max_response_length={reach - 63}"]))
+
+
+@pytest.mark.parametrize("quantization", [
+    {"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"quant_method": "mxfp4"},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True}], ids=lambda q: q["quant_method"])
+def test_quantized_weights_are_refused_in_one_line(start, base, quantization):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(SystemExit, match="error: model.path: the weights of .* are quantized"):
+        start(f"model.path={base}")
 
 
 MODEL_CODE = """

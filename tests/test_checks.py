@@ -9,6 +9,10 @@ import pytest
 from conftest import read_rows
 from transformers import AutoTokenizer
 
+from data_types import Prompt
+from infra.checks import check_first_prompt
+from infra.config import load_config
+
 ROOT = Path(__file__).parent.parent
 CHATML = ("{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }}<|end|>{% endfor %}"
           "{% if add_generation_prompt %}<|start|>assistant {% endif %}")
@@ -48,6 +52,29 @@ def test_a_prompt_beyond_the_embedding_is_one_line_before_the_first_step(start, 
         start(f"model.path={base}", "data.prompt_template=<new>{prompt}", *ONE_STEP)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     start(f"model.path={base}", *ONE_STEP)  # a token that no prompt has does no harm
+
+
+# ---- what the data have already ----
+
+def test_a_bos_or_a_chat_template_that_prompts_have_already_is_told(start, base, tmp_path, capsys):
+    add_chat(base, CHATML.replace("<|end|>", "<eos>"))
+    row = {"prompt": "<|start|>user a1 b+1?<eos><|start|>assistant ", "answer": "2"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    options = [f"model.path={base}", f"data.train_file={tmp_path / 'data.jsonl'}",
+               "filter_groups.max_num_gen_batches=1", *ONE_STEP]
+    start(*options)
+    (warning,) = [line for line in warnings_of(capsys) if line.startswith("prompts")]
+    assert warning.startswith("prompts in the data have a chat template's '<eos>' already, and ")
+    assert warning.endswith("set data.apply_chat_template=false")
+    shutil.rmtree(tmp_path / "run")
+    start(*options, "data.apply_chat_template=false")
+    assert not [line for line in warnings_of(capsys) if line.startswith("prompts")]
+
+    edit_json(base / "tokenizer_config.json", bos_token="<|start|>", add_bos_token=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt = Prompt(0, "", [tokenizer.bos_token_id] * 2 + [5], "2", {"prompt": "a1"})
+    (warning,) = check_first_prompt(load_config("config.yaml").data, tokenizer, prompt)
+    assert warning.startswith("prompts begin with '<|start|>' twice")
 
 
 # ---- what ends a response ----

@@ -1,12 +1,17 @@
 """infra/data.py: rows of every kind become prompts; what is wrong with them is said in one line."""
 
+import copy
 import json
+import re
 import subprocess
 import sys
+from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from infra.config import load_config
 from infra.data import load_data, load_prompts, read_rows
@@ -219,8 +224,7 @@ def test_several_files_are_one(tmp_path, tokenizer):
     assert [p.text for p in data.train] == ["a1", "a2", "a3"]
     assert said == [
         f"{a}: 2 prompts of 2 rows",
-        f"warning: {b}: 1 prompts of 2 rows, 1 repeated: see data.dedup, "
-        "data.overlong_prompts and data.max_prompt_length=64",
+        f"{b}: 1 prompts of 2 rows, 1 repeated",
     ]
     with pytest.raises(ValueError, match="none of 2 rows is a new prompt .*leave this out"):
         load_all(tokenizer, f"data.train_file={a},{a}", "val.file=", "data.dedup=true")
@@ -267,15 +271,11 @@ def test_what_ruins_runs_is_said_at_the_start(path, tokenizer):
         "data.max_prompt_length=3",
         "data.overlong_prompts=truncate_left",
     )
-    assert (
-        said[0]
-        == said[1]
-        == (
-            f"warning: {path}: 5 prompts of 5 rows, 3 repeated, 1 with another answer, 1 overlong: see data.dedup, "
-            "data.overlong_prompts and data.max_prompt_length=3"
-        )
-    )
-    assert said[-1] == f"warning: {path}: 2 of its 2 prompts are in data.train_file too"
+    assert said == [
+        f"warning: {path}: 5 prompts of 5 rows, 3 repeated, 1 with another answer, 1 overlong: see "
+        "data.dedup, data.answer_key, data.overlong_prompts and data.max_prompt_length=3",
+        f"warning: {path}: 2 of its 2 prompts are in data.train_file too",
+    ]
 
 
 def test_the_embedded_task_loads_without_a_warning(tokenizer):
@@ -302,16 +302,17 @@ GOOD = {"prompt": "a1", "answer": "1"}
         (["[1, 2]"], ":1: a JSON object .* on each line .found list.: fix or delete this line"),
         (
             [GOOD, {"task": "a1"}],
-            ":2: no text or list .* in 'prompt,question,problem' .found None; columns: task.: set data.prompt_key, or fix",
+            ":2: no text or list .* in 'prompt,question,problem,.*' .found None; columns: task.: set data.prompt_key, or fix",
         ),
         (
             [{"prompt": "a1"}],
-            ":1: no text or number in 'answer,reward_model.ground_truth' .*: set data.answer_key, or fix the row",
+            ":1: no single text or number in 'reward_model.ground_truth,.*,answer,.*: set data.answer_key "
+            ".`data.answer_key=` if rewards need no answer., or fix the row",
         ),
-        ([{"prompt": "a1", "answer": None}], ":1: no text or number in 'answer.*fix the row"),
+        ([{"prompt": "a1", "answer": None}], ":1: no single text or number in 'reward_model.*fix the row"),
         (
             [{"prompt": "a1", "answer": float("nan")}],
-            ":1: no text or number in 'answer.*fix the row",
+            ":1: no single text or number in 'reward_model.*fix the row",
         ),
         ([{"prompt": "", "answer": "1"}], ":1: no text or list.*'prompt.*fix the row"),
         (
@@ -329,12 +330,12 @@ GOOD = {"prompt": "a1", "answer": "1"}
         ),
         (
             [GOOD, {"prompt": "a2", "answer": {"x": 1}}],
-            ":2: no text or number .*found {'x': 1}.*fix the row",
+            ":2: no single text or number .*found {'x': 1}.*fix the row",
         ),
-        ([{"prompt": "a2", "answer": True}], ":1: no text or number .*found True.*fix the row"),
+        ([{"prompt": "a2", "answer": True}], ":1: no single text or number .*found True.*fix the row"),
         (
             [GOOD, '{"prompt": "a\\ud800", "answer": "1"}'],
-            ":2: the prompt cannot be tokenized .*fix or delete the row",
+            ":2: the prompt cannot be tokenized .*fix the row, or data.chat",
         ),
         ([GOOD, "x" * 10_000_000], ":2: a JSON object in UTF-8 of at most 4 MiB .*fix or delete"),
         ([], ": none of 0 rows is a new prompt"),
@@ -458,9 +459,259 @@ def test_a_template_that_refuses_is_named_with_the_row(path, chat):
     write(path, GOOD, {"prompt": [{"role": "system", "content": "a"}], "answer": "1"})
     with pytest.raises(
         ValueError,
-        match="data.jsonl:2: the prompt cannot be tokenized .*no system turns.*fix or delete",
+        match="data.jsonl:2: the prompt cannot be tokenized .*no system turns.*fix the row, or data.chat",
     ):
         load_prompts(str(path), chat, how())
+
+
+# ---- chats, lists and templates ----
+
+ASK = {"role": "user", "content": "a1"}
+
+
+def say(text):
+    return {"role": "assistant", "content": text}
+
+
+def load_rows(path, tokenizer, *rows, keys=()):
+    """`load_data` of rows, without validation: the prompts, and the lines that it logs."""
+    more = [f"data.train_file={write(path, *rows)}", "val.file=", "data.max_prompt_length=999"]
+    data, said = load_all(tokenizer, *more, *keys)
+    return data.train, said
+
+
+@pytest.mark.parametrize("words", ["<think>", "Let me see.\n<think>\n", "<think>\nFirst, I ",
+                                   "<think>a</think> <think>b", "Now.\n<plan>"])
+def test_an_open_tag_of_the_assistant_is_continued(path, chat, words):
+    """The template is for the user's message; with the answer's column or without."""
+    row = {"prompt": [ASK, say(words)], "answer": "3"}
+    (prompt,), said = load_rows(path, chat, row, keys=["data.prompt_template=Q: {prompt}!"])
+    assert prompt.text == f"<user>Q: a1!<assistant>{words}" and prompt.answer == "3"
+    assert said == [f"{path}: 1 prompts of 1 rows"]
+    (plain,), _ = load_rows(path, chat, row, keys=["data.apply_chat_template=false"])
+    assert plain.text == f"a1\n\n{words}"
+    with pytest.raises(ValueError, match=":1: no single text or number in"):
+        load_rows(path, chat, {"prompt": [ASK, say(words)]})
+
+
+@pytest.mark.parametrize("words", ["3", "<think>so</think>3", "if a <b> c", "vector<int> v;",
+                                   "3<end_of_turn>", "3 <eos>", "3<br>\n", ""])
+def test_a_solution_of_the_assistant_is_never_in_the_prompt(path, chat, words):
+    """It is the answer if no column has one; if one has, or answers are off, it is left out."""
+    with_answer = {"messages": [ASK, say(words)], "answer": "7"}
+    (prompt,), said = load_rows(path, chat, with_answer)
+    assert (prompt.text, prompt.answer) == ("<user>a1?", "7")
+    left_out = f"warning: {path}: 1 prompts of 1 rows, 1 without the assistant's last message: see "
+    assert not words or said[0].startswith(left_out)
+    own = ["data.answer_key=", "reward.name=mine.py:score"]
+    (prompt,), said = load_rows(path, chat, with_answer, keys=own)
+    assert (prompt.text, prompt.answer) == ("<user>a1?", "")
+    assert not words or said[0].startswith(left_out)
+    if words:
+        (prompt,), said = load_rows(path, chat, {"messages": [ASK, say(words)]})
+        assert (prompt.text, prompt.answer) == ("<user>a1?", words)
+        assert said == [f"{path}: 1 prompts of 1 rows"]
+
+
+def test_an_answer_of_zero_is_one(path, chat):
+    (prompt,), said = load_rows(path, chat, {"messages": [ASK, say("1 - 1 = 0")], "answer": 0})
+    assert prompt.answer == "0" and "1 without the assistant's last message" in said[0]
+
+
+@pytest.mark.parametrize("rows", [
+    [ASK, say("so"), say("3")], [say("3")], [say("<think>")], [ASK, say("so"), say("<think>")],
+    [ASK, {"role": "solver", "content": "3"}]], ids=str)
+def test_a_chat_whose_last_reader_is_unclear_is_refused(path, chat, rows):
+    with pytest.raises(ValueError, match="^[^ ]*:1: no text or list of chat messages"):
+        load_rows(path, chat, {"prompt": rows, "answer": "3"})
+
+
+@pytest.mark.parametrize("text", [
+    '[{"role": "system", "content": ""}, {"role": "user", "content": "a\\u0031", "name": null}]',
+    "[{'content': '', 'role': 'system'},\n {'content': 'a1', 'role': 'user'}]",
+    ' [{"from": "system", "value": ""}, {"from": "human", "value": "a1"}]\n'])
+def test_text_that_is_a_list_of_messages_is_that_list(path, chat, text):
+    (prompt,), _ = load_rows(path, chat, {"prompt": text, "answer": "1"})
+    assert prompt.text == "<system><user>a1?"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '["a", "b"]', '[{"a": 1}]', "[x] is {'role': 1}", "[{",
+                                  "[{'role': 'user', 'content': 'x'}][0] is?"])
+def test_other_text_in_brackets_stays_text(path, chat, text):
+    (prompt,), _ = load_rows(path, chat, {"prompt": text, "answer": "1"})
+    assert prompt.text == f"<user>{text}?"
+
+
+def test_text_that_looks_like_messages_but_is_none_is_refused(path, chat):
+    text = "[{'role': 'user', 'content': 'a1'}\n {'role': 'user', 'content': 'a2'}]"  # of numpy
+    with pytest.raises(ValueError, match=":1: no .* messages with `role` and `content`, or JSON of"):
+        load_rows(path, chat, {"prompt": text, "answer": "1"})
+
+
+def test_parts_of_text_are_joined_and_other_parts_refused(path, chat):
+    parts = [{"type": "text", "text": "a1 "}, {"type": "text", "text": "b+2", "image": None}]
+    (prompt,), _ = load_rows(path, chat, {"prompt": [{"role": "user", "content": parts}],
+                                          "answer": "1"})
+    assert prompt.text == "<user>a1 b+2?"
+    chats = {"image": [ASK, {"role": "user", "content": [*parts, {"type": "image"}]}],
+             "tool_calls": [ASK, say("") | {"tool_calls": [{"name": "f"}]}, ASK],
+             "None": [ASK, {"role": "user", "content": None}]}
+    for cause, messages in chats.items():
+        with pytest.raises(ValueError, match=":1: no text or list .* as text: one is ") as error:
+            load_rows(path, chat, {"prompt": messages, "answer": "1"})
+        assert cause in str(error.value) or cause == "image"
+
+
+def test_names_of_roles(path, chat):
+    rows = [{"conversations": [{"from": "human", "value": "a1"}, {"from": name, "value": "2"}]}
+            for name in ("gpt", "Assistant", "model", "bot", "chatgpt")]
+    prompts, _ = load_rows(path, chat, *rows)
+    assert {(prompt.text, prompt.answer) for prompt in prompts} == {("<user>a1?", "2")}
+
+
+@pytest.mark.parametrize("head", ["", "\ufeff", " \n"])
+def test_a_json_file_is_an_array_or_lines(tmp_path, tokenizer, head):
+    path, chat = tmp_path / "data.json", [{"from": "human", "value": "a2"},
+                                          {"from": "assistant", "ground_truth": {"value": "2"}}]
+    for text in (json.dumps([GOOD, chat], indent=1), f"{json.dumps(GOOD)}\n{json.dumps(chat)}\n"):
+        path.write_text(head + text, encoding="utf-8")
+        prompts, _ = load_prompts(str(path), tokenizer, how())
+        assert [(prompt.text, prompt.answer) for prompt in prompts] == [("a1", "1"), ("a2", "2")]
+    assert [place for place, _ in read_rows(str(path))][-1] == f"{path}:{2 + (head == ' ' + chr(10))}"
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[{"prompt": "a1", "answer": "1"},', ": no array .Expecting value.*fix it, or name it .jsonl"),
+    ('[{"prompt": "a1", "answer": "1"}, 3]', ": row 2: a JSON object .*found int"),
+    ('[{"prompt": "a1"}]', ": row 1: no single text or number in"),
+    ('[[{"role": "user"}]]\n[]\n', ": no array .Extra data.*or name it .jsonl")])
+def test_a_broken_array_is_one_line(tmp_path, tokenizer, text, message):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}{message}") as error:
+        load_prompts(str(path), tokenizer, how())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer, read", [
+    (["3"], "3"), ([7.5], "7.5"), ('["3"]', "3"), ("['3']", "3"), (r'["\\frac{1}{2}"]', r"\frac{1}{2}"),
+    ("[3]", "[3]"), ("[1,2]", "[1,2]"), ('["1", "2"]', '["1", "2"]'), ('["x', '["x'), ("[0, 1)", "[0, 1)"),
+    ([say("3")], "3"), (100.0, "100"), (7.50, "7.5"), (-0.25, "-0.25")], ids=str)
+def test_a_list_of_one_answer_is_that_answer(path, tokenizer, answer, read):
+    (prompt,), _ = load_prompts(write(path, {"prompt": "a1", "answer": answer}), tokenizer, how())
+    assert prompt.answer == read
+
+
+@pytest.mark.parametrize("answer", [["1", "2"], [["1"]], [True], [None], '[""]', [{"x": 1}]], ids=str)
+def test_several_answers_are_refused(path, tokenizer, answer):
+    with pytest.raises(ValueError, match=":1: no single text or number in .*found .*set data.answer"):
+        load_prompts(write(path, {"prompt": "a1", "answer": answer}), tokenizer, how())
+
+
+def test_an_empty_column_is_none(path, tokenizer):
+    row = {"prompt": "a1", "final_answer": [], "answer": "3"}
+    assert load_prompts(write(path, row), tokenizer, how())[0][0].answer == "3"
+
+
+def test_numbers_of_parquet_are_numbers_and_dates_are_not(tmp_path, tokenizer):
+    path = tmp_path / "d.parquet"
+    for value, read in ((Decimal("3.50"), "3.5"), (Decimal("72.00"), "72"), (Decimal("1200"), "1200"),
+                        (date(2026, 12, 1), None), (b"3", None), (timedelta(1), None)):
+        write_parquet(path, [{"prompt": "a1", "answer": value}])
+        if read:
+            assert load_prompts(str(path), tokenizer, how())[0][0].answer == read
+            continue
+        with pytest.raises(ValueError, match="row 1: no single text or number"):
+            load_prompts(str(path), tokenizer, how())
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path, tokenizer):
+    rows = [GOOD | {"tools": [{"name": "f"}]}, {"prompt": "a2", "answer": "1", "tools": [{"x": 1}]}]
+    a, b = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows)
+    _, said = load_all(tokenizer, f"data.train_file={a}", f"val.file={b}")
+    unread = [line for line in said if "`tools` is not read: rollouts are text of one turn" in line]
+    assert [line.split(": ")[1] for line in unread] == [a, b]
+    empty = write(tmp_path / "c.jsonl", *(GOOD | {"tools": none} for none in ([], None, "[]", "")))
+    assert not [line for line in load_all(tokenizer, f"data.train_file={empty}", "val.file=")[1]
+                if "tools" in line]
+
+
+def test_choices_must_be_in_the_prompt(path, tokenizer):
+    row = {"answer": "B", "options": ["12", "13"]}
+    with pytest.raises(ValueError, match="jsonl:1: the prompt lacks the choices .*delete their"):
+        load_prompts(write(path, row | {"prompt": "a12"}), tokenizer, how())
+    load_prompts(write(path, row | {"prompt": "a12 b13"}), tokenizer, how())
+    load_prompts(write(path, GOOD | {"options": 4}, GOOD | {"options": "A) 7"}), tokenizer, how())
+
+
+DATED = ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+         "{% endif %}{{ date_string }}{{ thinking }}" + CHATML)
+
+
+def test_the_date_of_a_template_is_the_same_on_all_days(path, chat):
+    """transformers would write today's; one warning for the run names date and key."""
+    chat.chat_template = DATED
+    files = [f"data.train_file={write(path, GOOD, GOOD | {'prompt': 'a2'})}", f"val.file={path}"]
+    data, said = load_all(chat, *files)
+    assert [prompt.text for prompt in data.train] == ["26 Jul 2024<user>a1?", "26 Jul 2024<user>a2?"]
+    warnings = [line for line in said if "writes a date" in line]
+    assert len(warnings) == 1 and "26 Jul 2024" in warnings[0]
+    (repair,) = re.findall("(data.chat_template_kwargs=)'(.*)'", warnings[0])
+    data, said = load_all(chat, *files, "".join(repair))
+    assert data.train[0].text == "1 Dec 2026<user>a1?" and not [s for s in said if "writes a" in s]
+
+
+def test_what_the_chat_template_takes_is_passed_on(path, chat):
+    chat.chat_template = "{{ thinking }}" + CHATML
+    keys = ['data.chat_template_kwargs={"thinking": false}']
+    assert load_rows(path, chat, GOOD, keys=keys)[0][0].text == "False<user>a1?"
+    keys = ['data.chat_template_kwargs={"add_generation_prompt": false}']
+    with pytest.raises(ValueError, match="add_generation_prompt.*or data.chat_template_kwargs"):
+        load_rows(path, chat, GOOD, keys=keys)
+
+
+@pytest.mark.parametrize("value", ["{'thinking': false}", "[1]", "true", "{"])
+def test_template_arguments_that_are_no_object_are_refused_at_the_start(value):
+    with pytest.raises(ValueError, match="^data.chat_template_kwargs=.* is not a JSON object$"):
+        load_config("config.yaml", [f"data.chat_template_kwargs={value}"])
+
+
+def test_no_answers_are_for_reward_functions_of_ones_own(path, tokenizer):
+    with pytest.raises(ValueError, match="data.answer_key is empty, and reward.name=math needs ans"):
+        load_config("config.yaml", ["data.answer_key="])
+    with pytest.raises(ValueError, match="`data.answer_key=` if rewards need no answer") as error:
+        load_rows(path, tokenizer, {"prompt": "a1"})
+    key = re.search("`(.*)`", str(error.value))[1]
+    (prompt,), _ = load_rows(path, tokenizer, {"prompt": "a1"}, keys=[key, "reward.name=m.py:f"])
+    assert prompt.answer == ""
+
+
+def test_an_eos_that_the_tokenizer_appends_is_removed(path, tokenizer):
+    """transformers' own post-processor appends it, as add_eos_token does."""
+    appends = copy.deepcopy(tokenizer)
+    appends.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", appends.eos_token_id)])
+    assert appends("a1")["input_ids"][-1] == appends.eos_token_id
+    rows = GOOD, {"prompt": "a2", "answer": "1"}
+    prompts, said = load_rows(path, appends, *rows)
+    assert [p.token_ids for p in prompts] == [p.token_ids for p in load_rows(path, tokenizer, *rows)[0]]
+    assert len([line for line in said if "appends <eos>" in line]) == 1
+    (prompt,), said = load_rows(path, tokenizer, {"prompt": "a1<eos>", "answer": "1"})
+    assert prompt.token_ids[-1] == tokenizer.eos_token_id and len(said) == 1  # the text has it
+
+
+def test_a_chat_template_that_ends_prompts_with_an_eos_is_warned_about(path, chat):
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>\n{% endfor %}"
+    _, said = load_rows(path, chat, GOOD, {"prompt": "a2", "answer": "1"})
+    (warning,) = [line for line in said if line.startswith("warning")]
+    assert "<eos>" in warning and "data.apply_chat_template and data.chat_template_kwargs" in warning
+
+
+def test_rows_that_repeat_are_no_warning_if_they_are_dropped(path, tokenizer):
+    rows = [GOOD, GOOD, GOOD | {"answer": "2"}]
+    _, said = load_rows(path, tokenizer, *rows, keys=["data.dedup=true"])
+    assert said == [f"{path}: 1 prompts of 3 rows, 2 repeated, 1 with another answer"]
+    assert load_rows(path, tokenizer, *rows)[1][0].startswith("warning: ")
 
 
 # ---- real, and as large as published ----

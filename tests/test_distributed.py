@@ -133,6 +133,29 @@ def test_an_error_on_one_rank_is_raised_on_all_of_them(as_ranks):
         assert [(type(error), str(error)) for error in errors] == [(kind, message)] * 2
 
 
+@pytest.mark.parametrize("failure", [ValueError("no kernel"), KeyError("no kernel")])
+def test_a_rank_that_shares_an_engine_and_fails_ends_at_once_with_one_line(failure, monkeypatch,
+                                                                           capsys):
+    """The other ranks of the engine wait for it there; the launcher stops them."""
+    class Ended(BaseException):
+        """In place of the end of this process."""
+
+    def exit_now(code):
+        raise Ended(code)
+
+    def work(items):
+        raise failure
+    monkeypatch.setattr(os, "_exit", exit_now)
+    monkeypatch.setattr(infra.distributed, "gather_object", None)  # nobody else would come
+    rank = SimpleNamespace(process_index=3, num_processes=4)
+    with pytest.raises(Ended, match="1"):
+        map_over_ranks(rank, work, [0, 1], "step 3", ranks_per_share=2)
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: step 3: ") and "no kernel" in line and "(rank 3)" in line
+    assert "the same command resumes" in line
+    assert bool(traceback) == isinstance(failure, KeyError)  # a bug: where it is matters
+
+
 def test_every_rank_has_the_responses_and_scores_that_one_process_has(as_ranks, capsys):
     """A prompt is given to one engine, on all of its ranks, and scored once; one rank warns."""
     prompts = [Prompt(i, f"p{i}", [i], str(i), {}, position=i) for i in range(7)]
@@ -232,7 +255,7 @@ def test_a_rank_that_gets_its_weights_from_rank_0_has_all_else_and_reads_none(as
 def test_weights_that_fsdp2_will_train_in_float32_are_so_from_the_start(as_rank_of_fsdp2):
     """With mixed precision; so the estimate of memory counts them, and a line says it."""
     bf16 = "model.dtype=bfloat16", "mixed_precision=bf16"
-    line = "model.dtype=bfloat16: with mixed_precision, FSDP2 trains weights in float32\n"
+    line = "model.dtype: with mixed_precision, FSDP2 trains weights in float32\n"
     for rank in (0, 1):
         model, printed = as_rank_of_fsdp2(rank, *bf16)
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
@@ -316,8 +339,9 @@ def test_ranks_that_get_their_weights_from_rank_0_start_with_empty_ones(tied, tm
     AutoTokenizer.from_pretrained(ROOT / "toy/base").save_pretrained(tmp_path)
     common = [f"model.path={tmp_path}", "val.file=", "actor.use_kl_loss=true"]
     for precision in ("mixed_precision=no", "mixed_precision=bf16 model.dtype=bfloat16"):
-        printed = run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER, "out", "sharded",
-                              "loading", *common, *precision.split()])
+        printed = run_to_end([*LAUNCH, "--multi_gpu", "--num_processes", "2", WORKER,
+                              str(tmp_path / "out"), "sharded", "loading", *common,
+                              *precision.split()])
         ranks = re.findall(r"rank (.) (\S+) (\S+) (\S+) (\S+)", printed)
         (policy, reference, shards, _), = (found for rank, *found in ranks if rank == "1")
         assert len(ranks) == 2 and all(apart == "0.0" for *_, apart in ranks)

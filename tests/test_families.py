@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.trainer_utils import set_seed
 
 from data_types import SamplingParams
+from infra.config import load_config
 from infra.packing import packing_kind
+from infra.setup import load_model
 from rollout import transformers_generate
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -133,6 +135,22 @@ def test_a_family_trains_as_it_samples(family, tmp_path, tokenizer, make_state, 
     rows = train_two_steps(f"model.path={path}")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["actor/mismatch_abs"] < 1e-5 and row["actor/grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("family", [
+    family if family in FAST else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES])
+def test_an_empty_model_lacks_nothing_but_the_values_of_its_weights(family, tmp_path, tokenizer):
+    """It is that of a rank to which FSDP2 sends rank 0's: in their order, with buffers of its own."""
+    path = make_family(family, tokenizer, tmp_path)
+    config = load_config("config.yaml", [f"model.path={path}"])
+    whole, empty = load_model(config), load_model(config, empty=True)
+    for name in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(whole, name)(), getattr(empty, name)(), strict=True)
+        for (key, one), (other_key, other) in pairs:
+            assert (key, one.shape, one.dtype) == (other_key, other.shape, other.dtype)
+            assert name == "named_parameters" or torch.equal(one, other), key
+    assert packing_kind(whole) == packing_kind(empty)
 
 
 def small_vision() -> dict:

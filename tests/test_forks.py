@@ -399,7 +399,7 @@ def make_engine(config, accelerator, policy, tokenizer, transformers_engine):
         if progress == os.environ.get("STOP_AT"):
             os.kill(os.getpid(), signal.SIGINT)
         return engine.generate(*args, progress=progress)
-    return replace(engine, generate=generate, sleep=None)  # it generates at any time
+    return replace(engine, generate=generate, sleep=lambda: None)  # as servers, it generates at any time
 
 infra.setup.make_engine = make_engine
 if __name__ == "__main__":

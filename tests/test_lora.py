@@ -201,9 +201,10 @@ def test_servers_are_told_the_names_and_shapes_of_the_base(make_state, monkeypat
     state, _ = make_state(*LORA)
     monkeypatch.setattr(infra.vllm_server, "server_engine", lambda *args: args[-1])
     state.config.rollout.mode = "server"
-    shapes = make_engine(state.config, state.accelerator, state.policy, state.tokenizer,
-                         transformers_engine)
-    assert shapes == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    metas = make_engine(state.config, state.accelerator, state.policy, state.tokenizer,
+                        transformers_engine)
+    assert metas == {name: (tuple(weight.shape), torch.float32)
+                     for name, weight in model.state_dict().items()}
 
 
 # ---- the reference policy ------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Memory that is known beforehand, and running out of it: one line, and the checkpoint is whole."""
 
+import os
 import platform
 import re
 import resource
@@ -305,3 +306,19 @@ def test_the_memory_of_a_freed_tensor_is_kept_for_the_next_one():
     keep_freed_memory()
     before = page_faults()
     assert page_faults() - before < 2000
+
+
+def test_a_gpu_machine_too_has_all_its_cores_for_what_is_on_the_cpu(monkeypatch):
+    """The optimizer with fsdp_offload_params: the launcher sets OMP_NUM_THREADS=1."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and all else as it is
+    monkeypatch.setattr(infra.setup, "Accelerator", lambda **_: accelerator)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        infra.setup.start_processes(load_config("config.yaml"))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)

@@ -12,6 +12,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from infra.config import load_config
+from infra.setup import setup
+from rollout import transformers_engine
+
 DATA = Path(__file__).parent.parent.parent / "shared/data"
 pytestmark = pytest.mark.skipif(
     not DATA.is_dir(), reason="needs GSM8K and AIME 2024 in ../shared/data"
@@ -224,3 +228,27 @@ def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k,
         first["val/gsm8k_test/reward/is_aime"] == 0 and first["val/aime-2024/reward/is_aime"] == 1
     )
     assert last["groups/trained"] == 4 and 0 < last["reward/is_aime"] < 1
+
+
+@pytest.mark.parametrize("recipe", ["gsm8k_qwen2.5_1.5b", "dapo_qwen2.5_32b"])
+def test_the_recipes_print_no_warning_on_data_as_published(recipe, tiny_qwen, gsm8k, tmp_path,
+                                                           capsys):
+    """With a model and settings that fit this machine; rows of the 32B recipe repeat, as those of
+    DAPO-Math-17k and AIME 2024 do."""
+    from datasets import Dataset
+    math = tmp_path / "math.parquet"
+    rows = [{"prompt": [{"role": "user", "content": f"{row['problem']}\n\nAnswer: $Answer"}],
+             "reward_model": {"ground_truth": row["answer"], "style": "rule"}}
+            for row in map(json.loads, whole_rows("aime24.jsonl"))]
+    Dataset.from_list(rows[1:] * 3).to_parquet(math)
+    Dataset.from_list(rows[:1] * 3).to_parquet(tmp_path / "val.parquet")
+    train, val = (gsm8k, DATA / "gsm8k_test.jsonl") if "gsm8k" in recipe else (
+        math, tmp_path / "val.parquet")
+    config = load_config(f"configs/{recipe}.yaml", [
+        f"model.path={tiny_qwen}", f"data.train_file={train}", f"val.file={val}",
+        "mixed_precision=no", "rollout.tensor_parallel_size=1", "data.max_prompt_length=900",
+        "data.max_response_length=100", "overlong_buffer.len=20", f"run_dir={tmp_path / 'run'}"])
+    setup(config, transformers_engine)
+    out, err = capsys.readouterr()
+    found = [line for line in (out + err).splitlines() if "warning" in line.lower()]
+    assert found == []

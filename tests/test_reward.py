@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_types import Score, Task
+from infra.math_verify import score_math_verify
 from infra.reward_function import load_reward_function, score_task
 from reward import (
     failed_score,
@@ -17,7 +18,6 @@ from reward import (
     overlong_penalty,
     score_math,
     score_math_strict_box,
-    score_math_verify,
     weighted_sum,
 )
 
@@ -178,6 +178,16 @@ def test_what_the_published_rule_does_not_forgive(response, truth):
         ("Answer: x = 6. ", "6", Score(1.0, 1.0, "6")),
         ("Answer: 6", "6.", Score(1.0, 1.0, "6")),
         ("Answer: 18 dollars.", "18", Score(1.0, 1.0, "18")),
+        ("Answer: \\boxed{6.}", "6", Score(1.0, 1.0, "6")),
+        ("Answer: $\\boxed{6.}$", "6", Score(1.0, 1.0, "6")),
+        ("Answer: \\boxed{6}.", "6.", Score(1.0, 1.0, "6")),
+        ("Answer: $6.$", "\\boxed{6.}", Score(1.0, 1.0, "6")),
+        ("Answer: \\text{yes.}", "yes", Score(1.0, 1.0, "yes")),
+        ("Answer: yes", "\\text{yes.}", Score(1.0, 1.0, "yes")),
+        ("Answer: \\textbf{6.}", "\\overline{6.}", Score(1.0, 1.0, "6")),
+        ("Answer: 1,234.", "\\text{1,234.}", Score(1.0, 1.0, "1234")),
+        ("Answer: 5\\text{ cm.}", "5", Score(1.0, 1.0, "5")),
+        ("Answer: \\boxed{.5.}", ".5", Score(1.0, 1.0, ".5")),
         ("no answer", "6", Score(0.0, -1.0, "")),
         ("Answer:", "6", Score(0.0, -1.0, "")),
         ("no answer", "[INVALID]", Score(0.0, -1.0, "")),

@@ -470,3 +470,186 @@ def test_a_column_that_the_data_lack_is_named_before_the_first_generation(tmp_pa
     message = "the data have the columns prompt, answer: missing a required argument: 'level'"
     with pytest.raises(ValueError, match=message):
         make(f"{tmp_path}/mine.py:score", rows=rows)
+
+
+# ---- whatever can be called ----
+
+
+def scorer_of(tmp_path, text, name="score", workers=1, timeout=10.0):
+    (tmp_path / "mine.py").write_text(text)
+    return make(f"{tmp_path}/mine.py:{name}", workers, timeout)
+
+
+@pytest.mark.parametrize("text, score", [
+    ("from dataclasses import dataclass\n@dataclass\nclass Judge:\n    weight: float\n"
+     "    def __call__(self, response, ground_truth):\n        return self.weight * len(response)\n"
+     "score = Judge(2.0)", 4.0),  # not hashable
+    ("class Judge:\n    async def __call__(self, response, ground_truth):\n"
+     "        return len(response)\nscore = Judge()", 2.0),
+    ("class Judge:\n    async def score(self, response, ground_truth):\n"
+     "        return len(response)\nscore = Judge().score", 2.0),
+    ("class Judge(dict):\n    def score(self, response, ground_truth):\n"
+     "        return len(response)\nscore = Judge().score", 2.0),
+    ("from functools import partial\ndef weigh(weight, response, ground_truth):\n"
+     "    return weight * len(response)\nscore = partial(weigh, 3)", 6.0),
+    ("from functools import partial\nasync def weigh(response, ground_truth, weight):\n"
+     "    return weight * len(response)\nscore = partial(weigh, weight=3)", 6.0),
+    ("from functools import lru_cache\n@lru_cache\ndef score(response, ground_truth):\n"
+     "    return len(response)", 2.0),
+    ("score = lambda response, ground_truth: len(response)", 2.0),
+    ("async def score(responses, ground_truth):\n    return [len(responses)] * len(responses)",
+     1.0),
+])
+def test_whatever_can_be_called_works(tmp_path, text, score, capfd):
+    assert scorer_of(tmp_path, text)([task("ab")]) == [right(score)]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", [
+    "class score:\n    def __init__(self, response, ground_truth):\n        pass",
+    "def score(response, ground_truth):\n    yield 1.0",
+    "async def score(response, ground_truth):\n    yield 1.0",
+    "score = max",
+    "score = dict",
+])
+def test_what_cannot_be_called_as_a_function_is_one_line_at_the_start(tmp_path, text):
+    with pytest.raises(ValueError, match="mine.py:score is a class, has a `yield`, or does not"):
+        scorer_of(tmp_path, text)
+
+
+def test_an_error_of_a_partial_names_the_line(tmp_path):
+    text = ("from functools import partial\ndef weigh(weight, response, ground_truth):\n"
+            "    return 1 / 0\nscore = partial(weigh, 3)")
+    ((score,),) = scorer_of(tmp_path, text)([task("a")])
+    assert score.message.endswith("ZeroDivisionError: division by zero at mine.py:3")
+
+
+# ---- async ----
+
+JUDGE = """
+import asyncio, os, time
+running = most = 0
+async def score(response, ground_truth):
+    global running, most
+    running += 1
+    most = max(most, running)
+    try:
+        await asyncio.sleep({"late": 100}.get(response, 0.2))
+        if response == "fail":
+            raise KeyError("x")
+        if response == "exit":
+            raise SystemExit("x")
+        if response == "block":
+            time.sleep(100)
+        return {"score": 1.0, "most": most, "pid": os.getpid()}
+    finally:
+        running -= 1
+"""
+
+
+def test_an_async_reward_judges_many_responses_at_a_time_in_each_worker(tmp_path):
+    scorer = scorer_of(tmp_path, JUDGE, workers=2)
+    start = time.perf_counter()
+    (scores,) = scorer([task(*map(str, range(256)))])
+    assert time.perf_counter() - start < 2  # 51 s one after the other
+    assert {score.score for score in scores} == {1.0}
+    assert max(score.extra["most"] for score in scores) == 64
+    assert len({score.extra["pid"] for score in scores}) == 2
+
+
+def test_one_async_call_that_is_late_or_fails_costs_no_other_its_score(tmp_path):
+    scorer = scorer_of(tmp_path, JUDGE, timeout=1.0)
+    responses = ["a", "late", "fail", "b", "exit", "late", *"cdef"]
+    start = time.perf_counter()
+    (scores,) = scorer([task(*responses)])
+    assert time.perf_counter() - start < 2.4  # the worker was not killed
+    messages = {response: score.message for response, score in zip(responses, scores, strict=True)}
+    assert [score.status for score in scores] == [
+        "ok", "timeout", "error", "ok", "error", "timeout", *["ok"] * 4]
+    assert messages["late"] == "the reward function took more than 1 s"
+    assert messages["fail"] == "the reward function raised KeyError: 'x' at mine.py:11"
+    assert messages["exit"].startswith("the reward function ended with SystemExit")
+    assert scorer([task("a")])[0][0].extra["pid"] == scores[0].extra["pid"]
+
+
+def test_an_async_call_that_blocks_its_worker_is_killed(tmp_path):
+    scorer = scorer_of(tmp_path, JUDGE, timeout=0.5)
+    start = time.perf_counter()
+    assert scorer([task("block")]) == [[FAILED["hang"]]]
+    assert time.perf_counter() - start < 5
+    assert scorer([task("a")])[0][0].score == 1.0
+
+
+# ---- imports ----
+
+
+def test_a_library_with_the_name_of_a_file_of_ours_is_found(tmp_path, monkeypatch):
+    """`import evaluate` is the library, also in a reward function in this directory."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/evaluate.py").write_text("VALUE = 7")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"))
+    text = ("import evaluate\nfrom reward import score_math\n"
+            "def score(response, ground_truth):\n    return evaluate.VALUE\n")
+    assert scorer_of(tmp_path, text)([task("")]) == [right(7)]
+    from infra import reward_function
+    beside_ours = reward_function.OURS / "reward_of_a_test.py"
+    try:
+        beside_ours.write_text(text)
+        assert make("reward_of_a_test.py:score")([task("")]) == [right(7)]
+    finally:
+        beside_ours.unlink()
+
+
+@pytest.mark.parametrize("name", [
+    "sampling", "losses", "plot", "evaluate", "reward", "data_types", "infra"])
+def test_a_file_of_ones_own_called_like_one_of_ours_is_found(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("VALUE = 5")
+    text = (f"import {name}\ndef score(response, ground_truth):\n"
+            f"    import {name} as again\n    return {name}.VALUE + again.VALUE\n")
+    assert scorer_of(tmp_path, text)([task("", "a")]) == [right(10, 10)]
+
+
+def test_a_rewards_file_may_itself_be_called_reward(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "from reward import Score, score_math\nfrom data_types import Score as Same\n"
+        "def score(response, ground_truth):\n    assert Score is Same\n"
+        "    return score_math(response, ground_truth)\n")
+    assert make(f"{tmp_path}/reward.py:score")([task("Answer: 1")]) == [[Score(1.0, 1.0, "1")]]
+
+
+@pytest.mark.parametrize("has_init", [True, False])
+@pytest.mark.parametrize("line", [
+    "from mypkg.utils import VALUE", "from .utils import VALUE", "from utils import VALUE",
+    "from . import utils; VALUE = utils.VALUE"])
+def test_a_reward_in_a_package_finds_its_siblings(tmp_path, monkeypatch, has_init, line):
+    (tmp_path / "mypkg").mkdir()
+    if has_init:
+        (tmp_path / "mypkg/__init__.py").write_text("")
+    (tmp_path / "mypkg/utils.py").write_text("VALUE = 5")
+    (tmp_path / "mypkg/rewards.py").write_text(
+        f"{line}\ndef score(response, ground_truth):\n    return VALUE\n")
+    monkeypatch.chdir(tmp_path)
+    assert make("mypkg/rewards.py:score")([task("")]) == [right(5)]
+
+
+def test_a_package_is_found_from_anywhere(tmp_path):
+    (tmp_path / "mypkg/sub").mkdir(parents=True)
+    for directory in ("mypkg", "mypkg/sub"):
+        (tmp_path / directory / "__init__.py").write_text("")
+    (tmp_path / "mypkg/utils.py").write_text("VALUE = 5")
+    (tmp_path / "mypkg/sub/rewards.py").write_text(
+        "from mypkg.utils import VALUE\nfrom ..utils import VALUE as SAME\n"
+        "def score(response, ground_truth):\n    return VALUE + SAME\n")
+    assert make(f"{tmp_path}/mypkg/sub/rewards.py:score")([task("")]) == [right(10)]
+
+
+def test_files_and_helpers_of_one_name_in_two_directories_are_two(tmp_path):
+    names = []
+    for letter in "ab":
+        (tmp_path / letter).mkdir()
+        (tmp_path / letter / "helper.py").write_text(f"VALUE = {ord(letter)}")
+        (tmp_path / letter / "score.py").write_text(
+            "import helper\ndef score(response, ground_truth):\n    return helper.VALUE\n")
+        names.append(f"{tmp_path}/{letter}/score.py:score")
+    ((score,),) = make_scorer(names, [1.0, 1.0], 1, 5.0, examples({}))([task("")])
+    assert score.extra == {f"{names[0]}/score": 97.0, f"{names[1]}/score": 98.0}

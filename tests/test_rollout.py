@@ -1,5 +1,6 @@
 """rollout.py: what is sampled, from which distribution, and when a response ends."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -97,8 +98,21 @@ def test_gradient_checkpointing_does_not_cost_the_cache(model, tokenizer):
     assert model.training
 
 
-def test_text_has_no_special_tokens(model, tokenizer):
-    assert "<eos>" not in sample(model, tokenizer)[0][0].text
+def test_text_lacks_the_marks_of_ends_and_padding_and_keeps_other_special_tokens(tokenizer):
+    """A reward function sees <think>; the token that ended the response is not in its text."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>",
+                              "additional_special_tokens": ["<think>", "<|end|>"]})
+    s, pad, think, end = other.convert_tokens_to_ids(["<s>", "<pad>", "<think>", "<|end|>"])
+    a, one = other.convert_tokens_to_ids(["a", "1"])
+
+    def text_of(ids: list[int], stopped: bool) -> str:
+        row = (np.array(ids, dtype=np.int32), None, stopped)
+        return make_responses(other, [row], n=1)[0][0].text
+    assert text_of([think, a, end, one, end], stopped=True) == "<think>a<|end|>1"
+    assert text_of([think, a, end], stopped=False) == "<think>a<|end|>"
+    assert text_of([s, a, pad, one, other.eos_token_id], stopped=True) == "a1"
+    assert text_of([other.eos_token_id], stopped=True) == text_of([], stopped=False) == ""
 
 
 # ---- for a whole run ----

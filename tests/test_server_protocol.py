@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,21 +20,28 @@ from safetensors.torch import load_file
 import infra.vllm_server
 from data_types import SamplingParams
 from infra.config import load_config
+from infra.setup import make_engine, sync_weights
 from infra.vllm_server import Servers, check_servers, generate_on_servers, run_async, send_by_disk
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def fake_server():
     """`fake_server(answers)`: the URL of a server; `answers(path, body)` is its (status, JSON), or
-    None: it closes the connection. It hangs as long as `answers` does, at most until the end."""
+    None: it closes the connection. It hangs as long as `answers` does, at most until the end. With
+    a `key`, it refuses requests for /v1/ without it, as vLLM does."""
     running = []
 
-    def start(answers):
+    def start(answers, key=""):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 length = int(self.headers.get("Content-Length", 0))
                 body = json.loads(self.rfile.read(length)) if length else None
                 answer = answers(self.path, body)
+                known = self.headers.get("Authorization") == f"Bearer {key}" or not key
+                if self.path.startswith("/v1/") and not known:
+                    answer = 401, {"error": "Unauthorized"}
                 if answer is None:
                     self.close_connection = True
                     return
@@ -89,8 +98,8 @@ def only(request, does, path, body):
     return does(path, body) if path == request else answer(path, body)
 
 
-def make_servers(*urls, timeout=5, version="1"):
-    return Servers(list(urls), timeout, version)
+def make_servers(*urls, timeout=5, version="1", key=""):
+    return Servers(list(urls), timeout, version, key)
 
 
 @pytest.fixture
@@ -102,6 +111,79 @@ def generate(tokenizer):
                                      SamplingParams(n, max_tokens=5))
         return [response.token_ids.tolist() for group in groups for response in group]
     return generate
+
+
+# ---- a key ---------------------------------------------------------------------------------------
+
+def test_servers_get_their_key_from_the_environment_and_it_is_written_nowhere(fake_server, generate,
+                                                                              make_state, capsys,
+                                                                              monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    url = fake_server(answer, key="sesame")
+    state, _ = make_state("rollout.mode=server", f"rollout.server_urls={url}")
+    (servers, *_) = state.engine.generate.args
+    servers.version = "1"
+    assert generate(3, servers) == [[0], [1], [2]]
+    assert state.config.rollout.server_api_key == "VLLM_API_KEY"
+    assert "sesame" not in f"{servers}{state.config}" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value", [("VLLM_API_KEY", None), ("VLLM_API_KEY", "wrong"),
+                                         ("OTHER", "wrong"), ("sesame", None)])
+def test_a_run_without_the_servers_key_ends_at_its_start_and_says_where_to_put_it(
+        name, value, fake_server, make_state, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if value:
+        monkeypatch.setenv(name, value)
+    url = fake_server(answer, key="sesame")
+    with pytest.raises(SystemExit) as error:
+        make_state("rollout.mode=server", f"rollout.server_urls={url}",
+                   f"rollout.server_api_key={name}")
+    message = str(error.value)
+    if name == "sesame":  # the key itself, where its variable's name belongs
+        assert message == "error: rollout.server_api_key: no environment variable has this name"
+    else:
+        assert f"{url}/v1/models: 401, " in message and message.endswith(
+            "put its --api-key into the environment variable that rollout.server_api_key names")
+        assert "wrong" not in message
+
+
+# ---- the types of weights ------------------------------------------------------------------------
+
+def test_a_buffer_keeps_its_type_on_the_way_to_servers(fake_server, make_state, tmp_path):
+    """Such as a router's corrections, which choose experts, and are float32 in vLLM too."""
+    url = fake_server(answer)
+    state, _ = make_state("mixed_precision=bf16")
+    state.policy.register_buffer("correction", torch.tensor([1.001]))
+    state.config.rollout.mode, state.config.rollout.server_urls = "server", url
+    engine = make_engine(state.config, state.accelerator, state.policy, state.tokenizer, None)
+    with pytest.raises(OSError, match="has other weights"):  # the fake one's version never changes
+        sync_weights(replace(state, engine=engine))
+    sent = load_file(tmp_path / "run/server_weights/model.safetensors")
+    assert sent.pop("correction").item() == torch.tensor(1.001).item()
+    assert len(sent) > 10 and {weight.dtype for weight in sent.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("gpus, way", [(0, "disk"), (1, "disk"), (2, "nccl")])
+def test_weights_go_from_gpu_to_gpu_only_if_there_is_one_for_the_servers(gpus, way, fake_server,
+                                                                         make_state, monkeypatch):
+    """nccl refuses a trainer and a server on one GPU."""
+    senders = []
+    state, _ = make_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(infra.vllm_server, "find_spec", lambda name: name)
+    monkeypatch.setattr(infra.vllm_server, "nccl_sender", lambda *_: senders.append("nccl"))
+    state.config.rollout.mode, state.config.rollout.server_urls = "server", fake_server(answer)
+    make_engine(state.config, state.accelerator, state.policy, state.tokenizer, None)
+    assert senders == ["nccl"] * (way == "nccl")
+
+
+def test_the_documented_servers_are_on_a_gpu_that_the_trainer_leaves_to_them():
+    page = (ROOT / "docs/VLLM.md").read_text()
+    one, two = re.findall(r"^(.*)vllm serve (.*)\naccelerate launch (.*)$", page, re.MULTILINE)
+    assert "nccl" not in one[1] and "--gpu-memory-utilization 0.4" in one[1]
+    assert "CUDA_VISIBLE_DEVICES=1 " in two[0] and '"backend": "nccl"' in two[1]
+    assert one[2] == two[2] and "weight_transfer" not in one[2]
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -284,7 +366,7 @@ sys.modules[transfer] = Module(nccl_engine=nccl_engine)
 sys.modules[transfer + ".base"] = Module(ParamMeta=tuple, WeightSource=object)
 sys.modules["vllm.utils.network_utils"] = Module(get_ip=str, get_open_port=int)
 torch.accelerator.synchronize = lambda: None
-send = nccl_sender(Servers(sys.argv[1:], timeout=2), {"name": (1,)}, torch.float32)
+send = nccl_sender(Servers(sys.argv[1:], timeout=2), {"name": ((1,), torch.float32)})
 send(["weights"])
 print("sent")
 """

@@ -50,8 +50,8 @@ SERVED = ["rollout.mode=server", f"rollout.server_urls={','.join(URLS)}"]
 def serve(port, plugins, path=None, *more):
     """Start a server by the documented command, as the documentation adapts it to a CPU; of another
     model if there is a `path`, with `more` options."""
-    pattern = r"^VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$"
-    (model, options), *_ = re.findall(pattern, PAGE, re.MULTILINE)
+    pattern = r"^CUDA_VISIBLE_DEVICES=1 VLLM_SERVER_DEV_MODE=1 vllm serve (.*) --port 8000 (.*?)$"
+    (model, options), = re.findall(pattern, PAGE, re.MULTILINE)
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
                    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
                    "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
