@@ -237,8 +237,9 @@ def loading(overrides: list[str]) -> None:
         apart = max(apart, *((weights[name] - own[name]).abs().max().item() for name in own))
     trained = [id(weight) for group in state.optimizer.param_groups for weight in group["params"]]
     assert trained == list(map(id, state.policy.parameters()))
-    print(f"rank {state.accelerator.process_index}", *(f"{rise / size:.3f}" for rise in rises), apart,
-          flush=True)
+    shares = " ".join(f"{rise / size:.3f}" for rise in rises)
+    lines = gather_object([f"rank {state.accelerator.process_index} {shares} {apart}"])
+    state.accelerator.print(*lines, sep="\n", flush=True)  # by one: theirs could mix
 
 
 def main() -> None:
