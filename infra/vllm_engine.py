@@ -53,6 +53,7 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
         llm = LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
                   max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
                   tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
+                  trust_remote_code=config.model.trust_remote_code,
                   hf_overrides=partial(language_config, policy.config, fp32_head),
                   logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
     except Exception as error:  # of vLLM or of any library below it

