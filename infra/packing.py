@@ -4,12 +4,12 @@ A packed row consists of families: a prompt of P tokens, followed by its respons
 attends to the prompt and to itself, at positions from P on: P + n T tokens instead of n (P + T). A
 family (P, (T1, T2, ...)) is written by its lengths; (L, ()) is a single sequence.
 
-Everything else in a model works on single tokens and has no padding. If flash attention is
-installed, transformers calls its kernels. Otherwise `packed_attention` calls torch's own kernel for
-such rows where it works (on GPUs, in half precision), or splits the row into blocks of sequences of
-similar length. This holds for models all of whose layers are plain causal attention; others are
-trained on padded rows, and so is a model whose log-probs on packed rows are not the sampler's
-(`logprobs.check_weight_sync`).
+Everything else in a model works on single tokens and has no padding. `packed_attention` calls
+torch's own kernel for such rows where it works (on GPUs, in half precision), or splits the row into
+blocks of sequences of similar length. This holds for models all of whose layers are plain causal
+attention. Of others, flash attention, if installed, takes packed rows too, of single sequences; the
+rest are trained on padded rows, and so is a model whose log-probs on packed rows are not the
+sampler's (`logprobs.check_weight_sync`).
 """
 
 from collections.abc import Sequence
