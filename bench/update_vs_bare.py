@@ -1,6 +1,7 @@
 """The update of a step against a bare forward and backward pass over as many tokens.
 
-    python bench/update_vs_bare.py [--rounds 7] [--models toy/base wide sums] [key.sub=value ...]
+    python bench/update_vs_bare.py [--rounds 7] [--models toy/base wide sums]
+        [key.sub=value ...]
 
 Tokens of prompts and responses a second, in turn, each prompt counted with each of its responses.
 Ours: `train_dapo.update_policy` on all mini-batches of a step's real responses, with clipping,
@@ -112,11 +113,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["toy/base", "wide", "sums"])
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
-    overrides = ["val.file=", "actor.lr=1e-9", *args.overrides]
-    runs = {}
+    fixed = ["val.file=", "actor.lr=1e-9"]
+    overrides, runs = [*fixed, *args.overrides], {}
     for name in args.models:
         if name == "sums":
-            run = make_state("model.path=examples/sums/base", *overrides,
+            run = make_state("model.path=examples/sums/base", *fixed,
                              config="configs/smollm2_135m_sums.yaml")
         else:
             run = make_state(*overrides)

@@ -96,8 +96,9 @@ def test_the_readmes_own_data_example_runs(start, tmp_path):
 
 
 def test_the_readmes_figures_are_those_of_the_results_file():
-    rows = re.findall(r"^\|[^|]*(?:DAPO|GRPO)[^|]*\| (\d) \|(.*)\|$", README, re.MULTILINE)
-    assert len(rows) >= 3
+    rows = re.findall(r"^\|[^|]*(?:DAPO|GRPO|SmolLM2)[^|]*\| (\d) \|(.*)\|$", README,
+                      re.MULTILINE)
+    assert len(rows) == 6
     for seed, cells in rows:
         figures = re.findall(r"\d+\.\d+", cells)
         assert figures, cells
