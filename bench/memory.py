@@ -96,8 +96,9 @@ def measure_training(model, batch: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) -> dict[str, int]:
     """The cache that `transformers_generate` fills, and its responses (4 bytes of text a token)."""
-    caches, texts = [], SimpleNamespace(eos_token_id=-1, batch_decode=lambda rows,
-                                        **_: ["abc " * len(r) for r in rows])
+    caches, texts = [], SimpleNamespace(
+        eos_token_id=-1, special_tokens_map={}, convert_tokens_to_ids=list,
+        batch_decode=lambda rows, **_: ["abc " * len(row) for row in rows])
     rollout.DynamicCache = lambda **kwargs: caches.append(DynamicCache(**kwargs)) or caches[-1]
     groups = rollout.transformers_generate(model, texts, prompts,
                                            [(i,) for i in range(len(prompts))],

@@ -110,7 +110,7 @@ def main() -> None:
     goal is met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", nargs="+", default=["toy/base", "wide", "sums"])
+    parser.add_argument("--models", nargs="+", default=[*GOALS], choices=GOALS)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
     fixed = ["val.file=", "actor.lr=1e-9"]
