@@ -198,7 +198,7 @@ def check_columns(location: str, source: str, row: dict, prompt: str, log: Calla
     """Warn of columns that are not read. Raises ValueError if `prompt` lacks the row's choices."""
     for name in ("tools", "system", "image", "images"):
         if row.get(name) and row[name] not in ("[]", "{}", "null"):
-            log(f"warning: {source}: column `{name}` is not read: rollouts are text of one turn")
+            log(f"warning: {source}: column `{name}` is not read: only the prompt is, for one turn")
     choices = row.get("choices") or row.get("options")
     choices = list(choices.values()) if isinstance(choices, dict) else choices
     if isinstance(choices, list) and any(str(choice) not in prompt for choice in choices):

