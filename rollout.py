@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from data_types import Engine, Prompt, Response, SamplingParams, TrainState
 from infra.distributed import map_over_ranks
@@ -93,6 +94,55 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
     return groups
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer, written into buffers with room for more tokens: the library's
+    own layer copies all that it has for each token."""
+    last = None
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+            return keys, values
+        old, length = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+        if self.keys is not self.last or length > self.buffers[0].shape[-2]:  # reordered, or full
+            room = length + max(64, length // 4)
+            self.buffers = [x.new_empty(*x.shape[:-2], room, x.shape[-1])
+                            for x in (self.keys, self.values)]
+            for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+                buffer[..., :old, :] = x
+        for buffer, x in zip(self.buffers, (keys, values), strict=True):
+            buffer[..., old:length, :] = x
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        self.last = self.keys
+        return self.keys, self.values
+
+
+def prefill(model, prompts: Sequence[list[int]], cache: DynamicCache,
+            caching: dict) -> tuple[Tensor, Tensor]:
+    """Fill the cache with the prompts: the logits (prompts, V) of what comes next, and which of the
+    cache's positions are those of a prompt (prompts, P), padded on the left or behind what they
+    share."""
+    device, shared = model.device, 0
+    first, last = min(prompts), max(prompts)
+    while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
+        shared += 1
+    if shared >= 16 and all(type(layer) is GrowingLayer for layer in cache.layers):
+        # A system prompt or worked examples, which all prompts begin with, are computed once.
+        model(input_ids=torch.tensor([first[:shared]], device=device), logits_to_keep=1, **caching)
+        cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    else:
+        shared = 0
+    ids = pad_sequence([torch.tensor(prompt[shared:]) for prompt in prompts], batch_first=True,
+                       padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
+    mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+    mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
+    logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=1,
+                   position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:], **caching).logits
+    return logits[:, -1], mask
+
+
 @torch.no_grad()
 def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
            stop_ids: Tensor) -> list[tuple[np.ndarray, np.ndarray, bool]]:
@@ -101,20 +151,18 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     Returns, for each response, its token ids, their log-probs, and whether an EOS ended it.
     """
     device, n, (size, max_tokens) = model.device, params.n, uniforms.shape
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True,
-                       padding_side="left").to(device)  # (prompts, P)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
     cache = DynamicCache(config=model.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer
+                    for layer in cache.layers]
     is_mamba = "cache_params" in signature(model.forward).parameters  # its name for the cache
     caching = {"cache_params" if is_mamba else "past_key_values": cache, "use_cache": True}
-    logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=1,
-                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), **caching).logits[:, -1]
+    logits, mask = prefill(model, prompts, cache, caching)
+    lengths = mask.sum(1)
     repeated = torch.arange(size, device=device) // n
     cache.reorder_cache(repeated)  # every layer has it: states are selected like keys and values
     logits = logits[repeated]  # (B, V)
     mask = torch.cat([mask.repeat_interleave(n, dim=0), mask.new_ones(size, max_tokens)], dim=1)
-    mask, lengths = mask.long(), lengths.repeat_interleave(n)
+    mask, lengths = mask.long(), lengths.repeat_interleave(n)  # (B, start + P + max_tokens), (B,)
 
     tokens = torch.zeros(size, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_tokens, device=device)
@@ -134,7 +182,7 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
             rows, token, uniforms, lengths, mask, running = (
                 x[running] for x in (rows, token, uniforms, lengths, mask, running))
         logits = model(input_ids=token[:, None], position_ids=(lengths + t)[:, None],
-                       attention_mask=None if is_mamba else mask[:, :ids.shape[1] + t + 1],
+                       attention_mask=None if is_mamba else mask[:, :t + 1 - max_tokens],
                        **caching).logits[:, -1]
     stopped = torch.isin(tokens.gather(1, num_tokens[:, None] - 1).squeeze(1), stop_ids)
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()

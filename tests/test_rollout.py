@@ -11,7 +11,7 @@ from data_types import Response, SamplingParams
 from infra.rng import make_rng
 from infra.tokens import make_responses, stop_token_ids
 from infra.vllm_engine import request_params
-from rollout import generate, sample_tokens, transformers_generate
+from rollout import decode, generate, sample_tokens, transformers_generate
 
 PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
@@ -26,6 +26,15 @@ def sample(model, tokenizer, texts=PROMPTS, n=4, seed=0, max_tokens=96, temperat
 
 def ids(groups):
     return [[response.token_ids.tolist() for response in group] for group in groups]
+
+
+def expected_logprobs(model, prompt: list[int], response_ids, temperature: float = 1.0):
+    """By a forward pass over the whole text."""
+    whole = torch.tensor([[*prompt, *response_ids]])
+    with torch.no_grad():
+        logits = model(whole).logits[0, len(prompt) - 1:-1] / temperature
+    found = logits.log_softmax(-1).gather(-1, whole[0, len(prompt):, None]).squeeze(-1)
+    return pytest.approx(found.numpy(), abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_tokens_another_seed_others(model, tokenizer):
@@ -49,12 +58,38 @@ def test_logprobs_are_those_of_a_forward_pass_over_the_whole_text(model, tokeniz
     for text, group in zip(PROMPTS, groups, strict=True):
         prompt = tokenizer.encode(text)
         for response in group:
-            whole = torch.tensor([prompt + response.token_ids.tolist()])
-            with torch.no_grad():
-                logits = model(whole).logits[0, len(prompt) - 1:-1] / temperature
-            logprobs = torch.log_softmax(logits, -1)
-            expected = logprobs.gather(-1, whole[0, len(prompt):, None]).squeeze(-1)
-            assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+            expected = expected_logprobs(model, prompt, response.token_ids, temperature)
+            assert response.logprobs == expected
+
+
+@pytest.mark.parametrize("prefix, shared", [("a7 b*3 ", 0), ("a7 b*3 c+5 d-2 e*9 f+4 ", 18)])
+def test_what_all_prompts_begin_with_is_computed_once(model, tokenizer, prefix, shared):
+    """A system prompt or worked examples; a few tokens are not worth a pass of their own."""
+    prompts = [tokenizer.encode(prefix + text) for text in PROMPTS]
+    computed = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].shape))
+    groups = sample(model, tokenizer, [prefix + text for text in PROMPTS], n=8)
+    hook.remove()
+    longest = max(map(len, prompts))
+    rows = [(1, shared)] * (shared > 0) + [(len(prompts), longest - shared), (8 * len(prompts), 1)]
+    assert computed[:len(rows)] == rows
+    for prompt, group in zip(prompts, groups, strict=True):
+        for response in group:
+            assert response.logprobs == expected_logprobs(model, prompt, response.token_ids)
+
+
+def test_a_cache_is_not_copied_for_each_token(model, tokenizer, monkeypatch):
+    """Over 300 tokens that no EOS ends: its buffers grow a few times, and keep what they have."""
+    copies, new_empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty",
+                        lambda *args: copies.append(args) or new_empty(*args))
+    prompt, uniforms = tokenizer.encode(PROMPTS[0]), torch.rand(2, 300)
+    rows = decode(model, [prompt], uniforms, SamplingParams(2, 300), torch.tensor([-1]))
+    assert 0 < len(copies) <= 2 * 2 * 5  # keys and values of two layers
+    for token_ids, logprobs, _ in rows:
+        assert len(token_ids) == 300
+        assert logprobs == expected_logprobs(model, prompt, token_ids)
 
 
 def test_greedy_agrees_with_the_librarys_generate(model, tokenizer):
