@@ -95,9 +95,11 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, written into buffers with room for more tokens: the library's
-    own layer copies all that it has for each token."""
-    last = None
+    """Keys and values of a layer, of `most_tokens` at most, written into buffers with room for more
+    tokens: the library's own layer copies all that it has for each token."""
+    def __init__(self, most_tokens: int):
+        super().__init__()
+        self.most_tokens, self.last = most_tokens, None
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -106,7 +108,7 @@ class GrowingLayer(DynamicLayer):
             return keys, values
         old, length = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
         if self.keys is not self.last or length > self.buffers[0].shape[-2]:  # reordered, or full
-            room = length + max(64, length // 4)
+            room = min(length + max(64, length // 4), self.most_tokens)
             self.buffers = [x.new_empty(*x.shape[:-2], room, x.shape[-1])
                             for x in (self.keys, self.values)]
             for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
@@ -152,7 +154,8 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     """
     device, n, (size, max_tokens) = model.device, params.n, uniforms.shape
     cache = DynamicCache(config=model.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer
+    most_tokens = max(map(len, prompts)) + max_tokens
+    cache.layers = [GrowingLayer(most_tokens) if type(layer) is DynamicLayer else layer
                     for layer in cache.layers]
     is_mamba = "cache_params" in signature(model.forward).parameters  # its name for the cache
     caching = {"cache_params" if is_mamba else "past_key_values": cache, "use_cache": True}

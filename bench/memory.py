@@ -103,7 +103,8 @@ def measure_rollout(model, prompts: list[list[int]], n: int, max_tokens: int) ->
     groups = rollout.transformers_generate(model, texts, prompts,
                                            [(i,) for i in range(len(prompts))],
                                            SamplingParams(n, max_tokens))
-    return {"KV cache": sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers),
+    return {"KV cache": sum(buffer.nbytes for layer in caches[-1].layers
+                            for buffer in layer.buffers),
             "responses": sum(response.token_ids.nbytes + response.logprobs.nbytes
                              + len(response.text) for group in groups for response in group)}
 
@@ -112,6 +113,7 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     """Print a model's table; whether every ratio is within its bounds."""
     # as small beside the logits as in a large run
     logprobs.CHUNK_ELEMENTS = shape.B * shape.T * shape.V // 16
+    logprobs.kept_elements = lambda gpu_memory: 0  # chunks that stay take what memory there is
     config = Qwen2Config(vocab_size=shape.V, hidden_size=shape.H, intermediate_size=shape.I,
                          num_hidden_layers=shape.L, num_attention_heads=shape.heads,
                          num_key_value_heads=shape.kv_heads)
@@ -124,7 +126,7 @@ def measure_model(shape: SimpleNamespace, dtype: torch.dtype) -> bool:
     sizes |= measure_training(model, batch) | measure_rollout(model, ids[:, :shape.P].tolist(),
                                                               shape.n, shape.T)
     # in float32; of bfloat16, a chunk's part beside it
-    summed = 4 if dtype == torch.float32 else 8 if ON_GPU else 10
+    summed = 4 if dtype == torch.float32 else 8
     symbols = {**vars(shape), "c": dtype.itemsize, "K": shape.kv_heads * shape.H // shape.heads,
                "M": ids.numel(), "C": logprobs.CHUNK_ELEMENTS, "W": summed,
                "N": sum(p.numel() for p in model.parameters())}

@@ -46,6 +46,7 @@ SCRIPTS = {  # its smallest size, and what it prints at the end
                              "--random-prompts", "2", "--random-max-tokens", "8"], "(goal 1.5)"),
     "scaling": (["actor.ppo_mini_batch_size=32", "--rounds", "1", "--sizes", "64", "128"],
                 "(goal 1.05)"),
+    "shared_prompts": (["--rounds", "1", "--layers", "1"], "(goal 0.8)"),
     "startup": (["--rounds", "1", "val.max_prompts=4"], "to the first response"),
     "update_gpu": (["--shape", "tiny", "--rounds", "1", "--tokens", "32"],
                    "update of tiny by blocks: "),
