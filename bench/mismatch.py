@@ -1,9 +1,11 @@
 """How far apart sampler and trainer are, by the precision of the passes and of the output head.
 
-    python bench/mismatch.py [--model toy/base 0.5B 1.5B] [--backend transformers vllm]
+    python bench/mismatch.py [--model toy/base sums 0.5B 1.5B] [--backend transformers vllm]
 
-A model is a directory, or a shape: a random model of Qwen2.5's (bench/vllm_gpu.py), whose last norm
-is scaled so that its logits are as large as trained ones. Prints a Markdown table. Each row is
+A model is a directory, `sums` for the pretrained one of configs/smollm2_135m_sums.yaml and its
+prompts (`examples/sums/prepare.py --model` makes both), or a shape: a random model of Qwen2.5's
+(bench/vllm_gpu.py), whose last norm is scaled so that its logits are as large as trained ones. No
+line break ends a response. Prints a Markdown table. Each row is
 measured in a process of its own. Exits with 1 if a float32 head does not lower mismatch_kl.
 """
 
@@ -24,6 +26,7 @@ HALF = {"bf16": "mixed_precision=bf16", "fp16": "mixed_precision=fp16"}
 SETTINGS = {f"{name}{', float32 head' * head}": [key, f"rollout.fp32_head={str(head).lower()}"]
             for name, key in HALF.items() for head in (False, True)} | {"float32": []}
 LOGIT_SCALE = 4
+SUMS = "configs/smollm2_135m_sums.yaml"
 
 
 def make_random_model(shape: str, folder: str) -> None:
@@ -41,7 +44,8 @@ def measure(overrides: list[str], prompts: int, n: int) -> dict[str, float]:
 
     from data_types import Sample, SamplingParams
     from losses import kl_penalty
-    state, data = make_state(*overrides)
+    config = SUMS if "model.path=examples/sums/base" in overrides else "config.yaml"
+    state, data = make_state(*overrides, config=config)
     ids = [prompt.token_ids for prompt in data.train[:prompts]]
     params = SamplingParams(n, state.config.data.max_response_length)
     groups = state.engine.generate(ids, [(0, i) for i in range(len(ids))], params)
@@ -77,11 +81,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if model in SHAPES:
                 make_random_model(model, folder)
-            path = folder if model in SHAPES else model
+            path = folder if model in SHAPES else "examples/sums/base" if model == "sums" else model
             for backend, (name, setting) in product(args.backend, SETTINGS.items()):
                 overrides = [f"model.path={path}", f"rollout.backend={backend}", *setting,
                              f"data.max_response_length={args.tokens}", "val.file=",
-                             "overlong_buffer.enable=false"]
+                             "overlong_buffer.enable=false", "rollout.stop_tokens="]
                 command = [sys.executable, __file__, "--prompts", str(args.prompts), "--n",
                            str(args.n), "--one", *overrides]
                 cells, kls[model, backend, name] = measure_apart(command)
