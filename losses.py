@@ -35,14 +35,16 @@ def group_advantages(rewards: Tensor, norm_by_std: bool = True, eps: float = 1e-
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                clip_ratio_low: float, clip_ratio_high: float, clip_ratio_c: float | None = None,
+                clip_ratio_low: float | Tensor, clip_ratio_high: float | Tensor,
+                clip_ratio_c: float | None = None,
                 weights: Tensor | None = None) -> tuple[Tensor, dict[str, Stat]]:
     """Clipped-ratio loss of every token (equation 8, negated), and statistics of the clipping.
 
     Args:
         logprobs, old_logprobs, mask: (B, T); gradients flow through `logprobs` only.
         advantages: (B, 1) or (B, T).
-        clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high].
+        clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high]; numbers, or
+            tensors (B, 1) or (B, T), one of each kind too.
         clip_ratio_c: dual clip (arXiv 1912.09729): if the advantage is negative, the loss is at
             most -A * c. None or 0: off.
         weights: (B, T) or (B, 1), factors of the loss, see `importance_weights`.
@@ -52,7 +54,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    clipped_ratio = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
+    clipped_ratio = ratio.clamp(min=1 - clip_ratio_low).clamp(max=1 + clip_ratio_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     clipped_high = (advantages > 0) & (ratio > 1 + clip_ratio_high)
     clipped_low = (advantages < 0) & (ratio < 1 - clip_ratio_low)

@@ -12,6 +12,7 @@ and identifies a group even if the data repeat a prompt.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -127,24 +128,38 @@ def is_informative(values: Sequence[float]) -> bool:
     return max(values) - min(values) > 1e-9
 
 
-def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
-    """Equation 11: whether a group enters the buffer, by the config's `filter_groups`.
+# Equation 11: the rules by which a group is dropped, each behind its words, which a run's start,
+# warnings and pages quote. A rule of your own is another line here, or instead.
+DROP_RULES = {
+    "all of its responses have the same {metric}":
+        lambda group, metric: not is_informative(group.metric(metric)),
+}
+METRIC_WORDS = {"acc": "accuracy (score, if the reward function returns no accuracy)",
+                "score": "score", "seq_reward": "score with the overlong penalty",
+                "seq_final_reward": "score with the overlong and KL penalties"}
 
-    By default it looks at the accuracy, not at the reward that is trained on: with the overlong
+
+def drop_reason(group: Group, metric: str) -> str:
+    """The words of the first rule that drops the group, "" if none does."""
+    return next((words.format(metric=metric) for words, rule in DROP_RULES.items()
+                 if rule(group, metric)), "")
+
+
+def keep_group(group: Group, filter_groups: SimpleNamespace) -> bool:
+    """Whether a group enters the buffer, by `DROP_RULES` and the config's `filter_groups`.
+
+    By default they look at the accuracy, not at the reward that is trained on: with the overlong
     penalty the rewards of an all-wrong group differ, and such groups would teach length alone.
     """
-    return not filter_groups.enable or is_informative(group.metric(filter_groups.metric))
+    return not filter_groups.enable or not drop_reason(group, filter_groups.metric)
 
 
 def describe_filter(filter_groups: SimpleNamespace) -> str:
-    """What the filter compares, for the start of a run."""
-    compared = {"acc": "accuracy (score, if the reward function returns no accuracy)",
-                "score": "score", "seq_reward": "score with the overlong penalty",
-                "seq_final_reward": "score with the overlong and KL penalties"}
+    """Which groups are dropped, for the start of a run."""
     if not filter_groups.enable:
         return "filter_groups: off, every group is trained"
-    return ("filter_groups: a group is dropped if all of its responses have the same "
-            f"{compared[filter_groups.metric]}")
+    rules = [words.format(metric=METRIC_WORDS[filter_groups.metric]) for words in DROP_RULES]
+    return f"filter_groups: a group is dropped if {', or if '.join(rules)}"
 
 
 def select_groups(buffer: list[Group], config: SimpleNamespace) -> list[Group]:
@@ -200,10 +215,15 @@ def underfilled_message(record: StepRecord, buffer: list[Group], metric: str) ->
     unparsed = sum(not score.pred for score in scores) / len(scores)
     hidden = sum(is_informative(group.metric("score")) and not is_informative(group.metric("acc"))
                  for group in generated)
+    own = Counter(reason for group in generated if is_informative(group.metric(metric))
+                  and (reason := drop_reason(group, metric)))  # of rules besides equation 11's
     found = f"{right:.0%} all-correct, {wrong:.0%} all-wrong, "
     advice = "use harder prompts" if right > wrong else "use easier prompts"
     advice += ", or raise filter_groups.max_num_gen_batches"
-    if not with_acc:
+    if 2 * own.total() > len(generated) - len(buffer):
+        ((reason, count),) = own.most_common(1)
+        advice = f"in {count} groups {reason}: use other prompts, or change sampling.DROP_RULES"
+    elif not with_acc:
         found, advice = "the reward function states no accuracy, so scores are compared, ", (
             "let it return scores that differ between responses")
     elif hidden >= len(generated) / 2 and metric == "acc":

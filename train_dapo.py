@@ -42,8 +42,8 @@ from infra.trackers import end_tracker
 from losses import aggregate, group_advantages, importance_weights, kl_penalty, policy_loss
 from plot import plot_runs
 from rollout import generate, transformers_engine
-from sampling import (check_underfilled, describe_filter, draw_prompts, keep_group, make_groups,
-                      mini_batches, score_responses, select_groups, update_counters)
+from sampling import (check_underfilled, describe_filter, draw_prompts, drop_reason, keep_group,
+                      make_groups, mini_batches, score_responses, select_groups, update_counters)
 
 
 def train(state: TrainState, data: Data, progress: Progress) -> None:
@@ -83,7 +83,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
         evaluations = validate(state, data.val, step)
         progress.evaluations |= evaluations
         metrics = step_metrics(state, record, buffer, progress.counters, evaluations)
-        write_step(state, record, buffer, metrics)
+        write_step(state, record, buffer, metrics, drop_reason)
         check_underfilled(state, record, buffer, metrics["consecutive_skips"])
         check_logprob_mismatch(state, step, metrics.get("actor/mismatch_abs", 0.0))
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
@@ -253,7 +253,7 @@ def main() -> None:
             if not progress.counters["step"] and (before := validate(state, data.val, 0)):
                 progress.evaluations = before
                 metrics = {"step": 0, **validation_metrics(before)}
-                write_step(state, StepRecord(0, config), [], metrics)
+                write_step(state, StepRecord(0, config), [], metrics, drop_reason)
                 accelerator.print(f"\n{format_tables(before)}\n")
             train(state, data, progress)
             finished = progress.counters["step"] == config.total_training_steps

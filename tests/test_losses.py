@@ -74,6 +74,29 @@ def test_clip_higher_leaves_more_room_up_than_down():
     assert tokens_of(stats["clip_frac_low"]) == [False, True]
 
 
+@pytest.mark.parametrize("high", [0.28, torch.tensor([[0.28], [0.28]], dtype=torch.float64),
+                                  torch.full((2, 3), 0.28, dtype=torch.float64)])
+@pytest.mark.parametrize("low", [0.2, torch.full((2, 1), 0.2, dtype=torch.float64)])
+def test_bounds_of_the_clip_are_numbers_or_one_per_response_or_token(low, high):
+    old, new = (torch.randn(2, 3, generator=torch.Generator().manual_seed(seed),
+                            dtype=torch.float64) for seed in (0, 1))
+    new.requires_grad_()
+    advantages, mask = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), torch.ones(2, 3)
+    losses = [policy_loss(new, old, advantages, mask, *bounds)[0] for bounds in
+              ((0.2, 0.28), (low, high))]
+    gradients = [torch.autograd.grad(loss.sum(), new)[0] for loss in losses]
+    assert torch.equal(*losses) and torch.equal(*gradients)
+
+
+def test_each_token_has_its_own_bound():
+    ratio = torch.tensor([[1.5, 1.5, 0.5]], dtype=torch.float64)
+    high = torch.tensor([[0.1, 0.3, 0.9]], dtype=torch.float64)
+    loss, stats = policy_loss(ratio.log(), torch.zeros(1, 3), torch.ones(1, 1), torch.ones(1, 3),
+                              0.2, high)
+    assert loss.tolist() == [pytest.approx([-1.1, -1.3, -0.5])]
+    assert stats["clip_frac_high"].values.tolist() == [[True, True, False]]
+
+
 def test_dual_clip_acts_only_if_the_advantage_is_negative():
     logprobs = tensor([math.log(5.0), math.log(5.0)])
     arguments = logprobs, tensor([0, 0]), tensor([1, -1]), tensor([1, 1]), 0.2, 0.28

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_group, make_response, make_score
 
+import sampling
 from data_types import Group, Prompt, Score
+from infra.metrics import mean
 from infra.rng import make_rng
-from sampling import (draw_prompts, generation_batch_size, is_informative, keep_group, make_groups,
-                      prompt_at, select_groups, underfilled_message, update_counters)
+from sampling import (describe_filter, draw_prompts, drop_reason, generation_batch_size,
+                      is_informative, keep_group, make_groups, prompt_at, select_groups,
+                      underfilled_message, update_counters)
 
 PROMPTS = [Prompt(i, f"p{i}", [i], str(i), {}) for i in range(10)]
 
@@ -114,6 +117,23 @@ def test_the_filter_looks_at_the_metric_that_is_named():
     kept = [keeps(group, metric) for metric in ("acc", "score", "seq_reward", "seq_final_reward")]
     assert kept == [False, False, True, False]
     assert keeps(group, "acc", enable=False)
+
+
+def test_a_rule_of_ones_own_is_quoted_wherever_the_filter_is_described(monkeypatch):
+    """One line in `DROP_RULES`: which groups enter, the words at the start, the advice."""
+    monkeypatch.setitem(sampling.DROP_RULES, "its mean {metric} is above 0.6",
+                        lambda group, metric: mean(group.metric(metric)) > 0.6)
+    groups = [make_group(i, PROMPTS[i], scores) for i, scores in
+              enumerate([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]])]
+    filtering = SimpleNamespace(enable=True, metric="acc")
+    assert [keep_group(group, filtering) for group in groups] == [False, True, False, False]
+    assert [drop_reason(group, "acc") for group in groups[:3]] == [
+        "its mean acc is above 0.6", "", "all of its responses have the same acc"]
+    assert describe_filter(filtering).endswith(
+        "no accuracy), or if its mean accuracy (score, if the reward function returns no accuracy) "
+        "is above 0.6")
+    assert message([1, 1, 1, 0], [1, 1, 0, 1], [0, 0], kept=[[1, 0]]).endswith(
+        ": in 2 groups its mean acc is above 0.6: use other prompts, or change sampling.DROP_RULES")
 
 
 def test_without_an_accuracy_the_filter_compares_scores():

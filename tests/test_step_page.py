@@ -135,7 +135,8 @@ def test_groups_of_a_skipped_step_say_why_and_other_metrics_are_named(start, fak
     run_dir = start("total_training_steps=1", "val.file=", "save_rollouts=3",
                     "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
     reasons = [record["dropped"] for record in read_rollouts(run_dir, 1)]
-    assert reasons[::4] == ["same acc", "step skipped", "same acc"]
+    same = "all of its responses have the same acc"
+    assert reasons[::4] == [same, "step skipped", same]
     assert not (run_dir / "rollouts/dropped_00001.jsonl").exists()
 
 
