@@ -3,10 +3,10 @@
     RUN_DIR/checkpoints/step_00010/    weights and optimizer, by torch's distributed checkpoints:
                                        each rank writes its shard if the policy is sharded, and any
                                        number of ranks can read them
-                        progress.json  counters, config and evaluations so far
+                        progress.json  counters, config, evaluations so far, digests of the code
                         digests.json   SHA-256 of every other file
     RUN_DIR/branch.json                the checkpoint of another run that this one branches off, and
-                                       the keys of the config that differ
+                                       the keys of the config and files of code that differ
 
 All machines see the same directory. A checkpoint is written under a temporary name, flushed to
 disk, and renamed. No generator and no scheduler is saved: every random draw and the learning rate
@@ -44,6 +44,7 @@ from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, ra
                                warn)
 from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
+from infra.provenance import changed_code, code_digests, write_code
 from infra.rollout_files import read_metrics
 from infra.trackers import start_tracker
 
@@ -53,9 +54,8 @@ def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
     run_dir, checkpoints = Path(config.run_dir), list_checkpoints(config.run_dir)
     rows, (named, recorded) = metrics_so_far(run_dir), branch_origins(config)
-    unused = next(name for i in range(2, 10**6)
-                  if not Path(name := f"{config.run_dir}-{i}").exists())
-    hint = f"name another, for instance run_dir={unused}"
+    unused = unused_run_dir(config)
+    hint = f"name another, for instance {unused}"
     origin, needed = named or recorded, not checkpoints or named not in (None, recorded)
     if origin and needed and not (origin / "progress.json").exists():
         raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
@@ -79,9 +79,20 @@ def check_run_dir(config: SimpleNamespace) -> None:
         earlier = flatten(load_config(run_dir / "config.yaml"))
     if earlier and (changed := config_diff(earlier, config)):
         may_branch = checkpoints and "model.lora_" not in str(changed)
-        branch = f"; or branch off: resume={checkpoints[0]} run_dir={unused}" if may_branch else ""
+        branch = f"; or branch off: resume={checkpoints[0]} {unused}" if may_branch else ""
         raise ValueError(f"{(checkpoints or [run_dir])[0]} has another config "
                          f"({', '.join(changed)}): undo that; {hint}{branch}")
+    files = changed_code((metadata or {}).get("code", {}), config) if checkpoints else []
+    if files and not config.resume_with_other_code:
+        raise ValueError(f"{checkpoints[0]} is of other code ({', '.join(files)} differ; diffs "
+                         f"are in {run_dir}/code/): undo that; {hint}; branch off: resume="
+                         f"{checkpoints[0]} {unused}; or resume with resume_with_other_code=true")
+
+
+def unused_run_dir(config: SimpleNamespace) -> str:
+    """The option that names a directory which does not exist."""
+    return next(f"run_dir={name}" for i in range(2, 10**6)
+                if not Path(name := f"{config.run_dir}-{i}").exists())
 
 
 def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
@@ -126,23 +137,25 @@ def resume(state: TrainState, prompts: list[Prompt]) -> tuple[Progress, Path | N
     Raises OSError or ValueError.
     """
     config, accelerator = state.config, state.accelerator
-    identity = {"config": flatten(config), "data": hash_prompts(prompts)}
+    identity = {"config": flatten(config), "data": hash_prompts(prompts),
+                "code": code_digests(config)}
     progress = Progress(identity=identity)
     if any(other != identity for other in gather_object([identity])):
-        raise OSError("the processes have different configs, or read different data.train_file")
+        raise OSError("the processes have different configs or code, or read different "
+                      "data.train_file")
     path = find_checkpoint(accelerator, config)
     if path is None:
         return progress, None
     metadata = read_metadata(path)
-    changed = ", ".join(config_diff(metadata["config"], config)) or "the same config"
+    changed = ", ".join(branch_changes(metadata, config)) or "the same config"
     if is_branch(config, path):
         accelerator.print(f"branching off {path}: {changed}")
         if "model.lora_" in changed:
             raise OSError(f"resume: {path} has other adapters ({changed}): undo that, or train "
                           "the model that its run exported: model.path")
     elif metadata["data"] != identity["data"]:
-        raise OSError(f"{path} is of a run on other prompts: data.train_file has changed; name "
-                      "another run_dir")
+        raise OSError(f"{path} is of a run on other prompts: what data.train_file holds has "
+                      f"changed; undo that, or branch off: resume={path} {unused_run_dir(config)}")
     load_checkpoint(accelerator, state.policy, state.optimizer.optimizer, path)
     if accelerator.scaler and "scaler" in metadata:  # not if it branches off a run without one
         accelerator.scaler.load_state_dict(metadata["scaler"])
@@ -153,13 +166,20 @@ def resume(state: TrainState, prompts: list[Prompt]) -> tuple[Progress, Path | N
         for title, by_set in metadata["evaluations"].items():
             progress.evaluations[title] = {name: Evaluation(**fields)
                                            for name, fields in by_set.items()}
-    accelerator.print(f"resuming from {path}")
+    code = ", ".join(changed_code(metadata.get("code", {}), config))
+    accelerator.print(f"resuming from {path}" + (f" with other code: {code}" if code else ""))
     return progress, path
 
 
 def is_branch(config: SimpleNamespace, checkpoint: Path) -> bool:
     """Whether the checkpoint is of another run."""
     return checkpoint.resolve().parent.parent != Path(config.run_dir).resolve()
+
+
+def branch_changes(metadata: dict, config: SimpleNamespace) -> list[str]:
+    """The keys in which a branch differs from what it branches off, but those that it must name."""
+    return [change for change in config_diff(metadata["config"], config, every_key=True)
+            if not change.startswith(("run_dir: ", "resume: "))]
 
 
 def same_evaluation_settings(earlier: dict, now: dict) -> bool:
@@ -181,14 +201,17 @@ def hash_prompts(prompts: list[Prompt]) -> str:
 def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress: Progress,
                     checkpoint: Path | None) -> None:
     """Remove from the run's directory what was written after the step that `progress` has reached,
-    write config.yaml, start the tracker. A branch gets the metrics of the other run so far."""
+    write config.yaml and the version of the code, start the tracker. A branch gets the metrics of
+    the other run so far."""
     run_dir, origin, branch, step = Path(config.run_dir), Path(config.run_dir), {}, -1
     if checkpoint:
         step = progress.counters["step"]
         if is_branch(config, checkpoint):
             origin = checkpoint.parent.parent
             branch = {"checkpoint": str(checkpoint.resolve()), "step": step,
-                      "changed": config_diff(read_metadata(checkpoint)["config"], config)}
+                      "changed": branch_changes(metadata := read_metadata(checkpoint), config),
+                      "code": changed_code(metadata.get("code", {}), config)}
+    code = ""
     with raise_on_all_ranks("run_dir"):
         if accelerator.is_main_process:
             for path in list_checkpoints(run_dir):
@@ -208,7 +231,9 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    start_tracker(accelerator, config, resumed=bool(checkpoint) and not branch)
+            code = write_code(config, max(step, 0) + 1)
+    accelerator.print(f"code: {code}")
+    start_tracker(accelerator, config, code, resumed=bool(checkpoint) and not branch)
 
 
 # ---- what a run saves ----------------------------------------------------------------------------

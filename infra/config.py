@@ -174,13 +174,15 @@ def flatten(config: SimpleNamespace) -> dict:
     return flat
 
 
-def config_diff(earlier: dict, config: SimpleNamespace) -> list[str]:
-    """The keys, as `key: earlier -> now`, that make `config` another run than `earlier` (flat)."""
+def config_diff(earlier: dict, config: SimpleNamespace, every_key: bool = False) -> list[str]:
+    """The keys, as `key: earlier -> now`, that make `config` another run than `earlier` (flat); or
+    `every_key` that differs."""
     now, rules = flatten(config), read_rules()
     earlier = flatten(load_config(SCHEMA)) | earlier  # a key that is new since had its default
     return [f"{key}: {earlier.get(key)} -> {now.get(key)}"
             for key in sorted(earlier.keys() | now.keys())
-            if earlier.get(key) != now.get(key) and not (key in rules and rules[key].may_change)]
+            if earlier.get(key) != now.get(key)
+            and (every_key or not (key in rules and rules[key].may_change))]
 
 
 def parse_value(location: str, text: str, type: str) -> bool | int | float | str:

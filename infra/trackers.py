@@ -24,7 +24,8 @@ def no_tracker_ends_the_run(accelerator: Accelerator) -> Iterator[None]:
              "run continues without it, and metrics.jsonl has everything")
 
 
-def start_tracker(accelerator: Accelerator, config: SimpleNamespace, resumed: bool) -> None:
+def start_tracker(accelerator: Accelerator, config: SimpleNamespace, code: str,
+                  resumed: bool) -> None:
     """Start the tracker; a run that is `resumed` continues its record, whose id run_dir keeps."""
     run_dir = Path(config.run_dir)
     file = run_dir / "tracker_id"
@@ -33,7 +34,8 @@ def start_tracker(accelerator: Accelerator, config: SimpleNamespace, resumed: bo
                "mlflow": {"run_name": run_dir.name, "run_id": known}}
     with no_tracker_ends_the_run(accelerator):
         # mlflow refuses to change what a record says of its config.
-        accelerator.init_trackers("dapo", None if known else flatten(config), options)
+        settings = None if known else flatten(config) | {"code": code}
+        accelerator.init_trackers(config.log_project, settings, options)
         for tracker in accelerator.trackers if accelerator.is_main_process else ():
             if tracker.name in options:
                 record = tracker.tracker

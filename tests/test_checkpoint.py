@@ -372,8 +372,9 @@ def test_evaluations_by_other_settings_are_not_compared(start, capsys):
 def test_other_prompts_are_refused(start, saved, tmp_path):
     lines = (ROOT / "toy/train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[:50]))
-    with pytest.raises(SystemExit, match="is of a run on other prompts: data.train_file has "
-                                         "changed"):
+    with pytest.raises(SystemExit, match="is of a run on other prompts: what data.train_file holds "
+                                         "has changed; undo that, or branch off: resume=.*step_00002"
+                                         " run_dir=.*/run-2"):
         start("val.file=", "total_training_steps=3", f"data.train_file={tmp_path / 'other.jsonl'}")
 
 
@@ -416,15 +417,18 @@ def test_a_finished_checkpoint_is_not_run_for_zero_steps(start, origin):
         start(f"resume={origin.with_name('step_00002')}", "val.file=")
 
 
-def test_a_branch_may_change_any_key_and_says_which(start, origin, capsys):
+def test_a_branch_may_change_any_key_and_says_which(start, origin, tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a1b+1?", "answer": "2"}\n'
+                                        '{"prompt": "a1b+2?", "answer": "3"}\n')
     changed = ["actor.lr=1e-5", "actor.weight_decay=0", "rollout.n=8",
-               "data.prompt_template={prompt} "]
+               "data.prompt_template={prompt} ", f"data.train_file={tmp_path / 'few.jsonl'}"]
     run_dir = start(*SAVED, f"resume={origin}", *changed)
     lines = ["actor.lr: 0.0001 -> 1e-05", "actor.weight_decay: 0.1 -> 0.0",
-             "data.prompt_template: {prompt} -> {prompt} ", "rollout.n: 4 -> 8"]
+             "data.prompt_template: {prompt} -> {prompt} ",
+             f"data.train_file: toy/train.jsonl -> {tmp_path / 'few.jsonl'}", "rollout.n: 4 -> 8"]
     assert f"branching off {origin}: {', '.join(lines)}" in capsys.readouterr().out
     branch = json.loads((run_dir / "branch.json").read_text())
-    assert branch == {"checkpoint": str(origin), "step": 1, "changed": lines}
+    assert branch == {"checkpoint": str(origin), "step": 1, "changed": lines, "code": []}
     before, after = metrics(run_dir)
     assert before == metrics(origin.parent.parent)[0]
     assert (before["responses/generated"], after["responses/generated"] % 8) == (24, 0)

@@ -1,0 +1,74 @@
+"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit, a
+digest of each reward file, and the diff to the commit, which `git apply` takes as it is."""
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+from infra.config import split_list
+
+ROOT = Path(__file__).parent.parent
+LONGEST_DIFF = 2**20  # characters; a longer one is left out
+# whatever a user's git is told to show
+DIFF = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "diff", "--no-ext-diff",
+        "--no-color", "--binary")
+
+
+def code_digests(config: SimpleNamespace) -> dict[str, str]:
+    """SHA-256 of each file of code that a run depends on: ours at the top and in infra/, and those
+    of its reward functions."""
+    files = {path.relative_to(ROOT).as_posix(): path
+             for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("infra/*.py")])}
+    files |= {name: Path(name) for name in reward_files(config)}
+    return {name: _digest(path) for name, path in files.items() if path.exists()}
+
+
+def reward_files(config: SimpleNamespace) -> list[str]:
+    """The files that `reward.name` names."""
+    return [name.rpartition(":")[0] for name in split_list(config.reward.name) if ":" in name]
+
+
+def changed_code(earlier: dict[str, str], config: SimpleNamespace) -> list[str]:
+    """The files of which a run had others `earlier`, by their digests; none if it kept none."""
+    now = code_digests(config) if earlier else {}
+    return [name for name in sorted(earlier.keys() | now.keys())
+            if earlier.get(name) != now.get(name)]
+
+
+def code_version() -> tuple[str, str]:
+    """The commit of this code, and its diff to that; "no repository" and "" without git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        diff = _git(*DIFF, "HEAD", "--", ".")
+        for name in _git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
+            diff += _git(*DIFF, "--no-index", "--", "/dev/null", name, codes=(0, 1))
+    except (OSError, subprocess.SubprocessError):
+        return "no repository", ""
+    return commit, diff
+
+
+def write_code(config: SimpleNamespace, step: int) -> str:
+    """Write the file of a launch that begins with this step; returns the commit, and which files
+    differ from it."""
+    folder, (commit, diff) = Path(config.run_dir, "code"), code_version()
+    changed = re.findall(r"^diff --git a/(.*) b/", diff, re.MULTILINE)
+    if len(diff) > LONGEST_DIFF:
+        diff = f"the diff is left out: it has {len(diff)} characters\n"
+    digests = "".join(f"{_digest(Path(name))}  {name}\n" for name in reward_files(config))
+    folder.mkdir(exist_ok=True)
+    (folder / f"from_step_{step:05d}.patch").write_text(f"commit {commit}\n{digests}\n{diff}",
+                                                        "utf-8", "surrogateescape")
+    return f"commit {commit}" + (f", with changes in {', '.join(changed)}" if changed else "")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _git(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, timeout=30)
+    if result.returncode not in codes:
+        raise subprocess.SubprocessError(result.stderr)
+    return result.stdout.decode("utf-8", "surrogateescape")
