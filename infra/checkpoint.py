@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 
 from data_types import Evaluation, Progress, Prompt, TrainState
-from infra.config import config_diff, flatten, load_config
+from infra.config import config_diff, flatten, load_config, tell_launcher
 from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, raise_on_all_ranks,
                                warn)
 from infra.lora import full_adapters, save_adapter
@@ -266,22 +266,27 @@ def save_model(state: TrainState, name: str) -> None:
 
 def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
     """Save the policy if it was trained, and end the run: with one line if `failure` is a
-    SystemExit of `one_line_errors`, which has a cause; else, a bug or an error of a library, with
-    its traceback.
+    SystemExit of `one_line_errors`, which has a cause, or a lost connection; else, a bug or an
+    error of a library, with its traceback.
 
     If one of several ranks has an error that the others do not know of, it ends here and now: they
     wait for it, and nothing can be saved together. The launcher stops them.
     """
     accelerator, cause = state.accelerator, failure.__cause__
     one_line = isinstance(failure, SystemExit) and cause is not None
+    lost = isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
     message = str(failure) if one_line else f"error: {failure!r}"
+    if lost:
+        message = f"error: another rank has ended, or cannot be reached ({str(failure)[:200]})"
     saved = "".join(f". {path} is intact: the same command resumes from it"
                     for path in list_checkpoints(state.config.run_dir)[:1])
     alone = not one_line or isinstance(cause.__cause__, torch.OutOfMemoryError)
     if alone and accelerator.num_processes > 1:
-        if not one_line:
+        if not one_line and not lost:
             traceback.print_exception(failure)
-        print(f"{message} (rank {accelerator.process_index}){saved}", file=sys.stderr, flush=True)
+        message = f"{message} (rank {accelerator.process_index}){saved}"
+        print(message, file=sys.stderr, flush=True)
+        tell_launcher(message)
         os._exit(1)
     if state.optimizer.state:
         try:
@@ -294,6 +299,7 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
         state.engine.close()
     if not one_line:
         traceback.print_exception(failure)
+    tell_launcher(message + saved)
     raise SystemExit(message + saved) from None
 
 

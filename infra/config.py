@@ -13,8 +13,9 @@ import operator
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,17 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {escape_control(error)}") from error
+        message = f"error: {escape_control(error)}"
+        tell_launcher(message)
+        raise SystemExit(message) from error
+
+
+def tell_launcher(message: str) -> None:
+    """Give the launcher of several processes what its report of their end, which comes last, shall
+    say of this one."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def escape_control(text) -> str:
