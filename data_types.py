@@ -9,7 +9,7 @@ processes of reward functions load this file, and start without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,6 +45,7 @@ class SamplingParams(NamedTuple):
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0
     logprobs: float = 1.0     # the share of the prompts whose log-probs vLLM is asked for
+    stop: Sequence[str] = ()  # strings that end a response, as an EOS does
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single ==
@@ -53,7 +54,7 @@ class Response:
     token_ids: ndarray  # (T,) int32, with the EOS if there was one
     logprobs: ndarray   # (T,) float32, of the sampler; NaN if they were not asked for
     text: str           # without special tokens
-    finish_reason: str  # stop: an EOS ended it; length: it was cut
+    finish_reason: str  # stop: an EOS or a stop string ended it; length: it was cut
 
 
 class Task(NamedTuple):

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import fmean
 
 from data_types import Evaluation, Prompt, Response, SamplingParams, Score, TrainState
-from infra.config import flatten, one_line_errors, read_command_line, split_list
+from infra.config import (flatten, one_line_errors, read_command_line, split_list,
+                          stop_strings)
 from infra.data import find_column
 from infra.distributed import raise_on_all_ranks
 from infra.memory import out_of_memory
@@ -53,7 +54,8 @@ def sample_and_score(state: TrainState,
                      prompts: Sequence[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
     """`val.n` responses to each prompt, and their scores."""
     val, max_tokens = state.config.val, state.config.data.max_response_length
-    params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0)
+    params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0,
+                            stop=stop_strings(state.config.rollout.stop))
     prompts = [replace(prompt, position=i) for i, prompt in enumerate(prompts)]
     responses = generate(state, prompts, params, "validation", "validation")
     return responses, score_responses(state, prompts, responses, "validation")

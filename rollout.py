@@ -78,6 +78,7 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
     n, checkpointing = params.n, [module for module in model.modules() if module.training]
     model.eval()  # layers with gradient checkpointing would drop the cache
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
+    has_stop_string = partial(ends_response, tokenizer, params.stop) if params.stop else None
     chunk = max(1, max_num_seqs // n)
     groups = []
     for start in tqdm(range(0, len(prompts), chunk), desc=progress, disable=not progress,
@@ -87,11 +88,20 @@ def transformers_generate(model, tokenizer, prompts: Sequence[list[int]],
         uniforms = [rng.random(params.max_tokens, dtype=np.float32) for rng in rngs]
         with autocast():
             rows = decode(model, prompts[start:start + chunk],
-                          torch.from_numpy(np.stack(uniforms)).to(model.device), params, stop_ids)
+                          torch.from_numpy(np.stack(uniforms)).to(model.device), params, stop_ids,
+                          has_stop_string)
         groups += make_responses(tokenizer, rows, n)
     for module in checkpointing:
         module.training = True
     return groups
+
+
+def ends_response(tokenizer, strings: Sequence[str], tokens: Tensor) -> Tensor:
+    """Whether the last of the tokens (B, T) of each row has completed one of the strings: (B,)."""
+    last = max(len(string.encode()) for string in strings) + 1  # a token has a byte or more
+    return torch.tensor([any(string in text for string in strings)
+                         for text in tokenizer.batch_decode(tokens[:, -last:])],
+                        device=tokens.device)
 
 
 class GrowingLayer(DynamicLayer):
@@ -147,10 +157,12 @@ def prefill(model, prompts: Sequence[list[int]], cache: DynamicCache,
 
 @torch.no_grad()
 def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: SamplingParams,
-           stop_ids: Tensor) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+           stop_ids: Tensor, has_stop_string: Callable | None = None,
+           ) -> list[tuple[np.ndarray, np.ndarray, bool | str]]:
     """The decoding loop over B = len(prompts) * n responses, from `uniforms` (B, max_tokens).
 
-    Returns, for each response, its token ids, their log-probs, and whether an EOS ended it.
+    `has_stop_string`: whether each row of tokens has come to a stop string. Returns, for each
+    response, its token ids, their log-probs, and what ended it, as `make_responses` takes it.
     """
     device, n, (size, max_tokens) = model.device, params.n, uniforms.shape
     cache = DynamicCache(config=model.config)
@@ -172,11 +184,16 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     num_tokens = torch.zeros(size, dtype=torch.long, device=device)
     rows = torch.arange(size, device=device)  # the response of each row of the running batch
     running = torch.ones(size, dtype=torch.bool, device=device)  # the rows that have not ended
+    at_string = torch.zeros_like(running)
     for t in range(max_tokens):
         token, logprob = sample_tokens(logits, uniforms[:, t], params.temperature, params.top_p)
         tokens[rows, t], logprobs[rows, t] = token, logprob
         num_tokens[rows] += running
         running = running & ~torch.isin(token, stop_ids)
+        if has_stop_string:
+            found = running & has_stop_string(tokens[rows, :t + 1])
+            at_string[rows] |= found
+            running = running & ~found
         remaining = int(running.sum())
         if not remaining or t == max_tokens - 1:
             break
@@ -189,8 +206,10 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
                        **caching).logits[:, -1]
     stopped = torch.isin(tokens.gather(1, num_tokens[:, None] - 1).squeeze(1), stop_ids)
     all_ids, all_logprobs = tokens.int().cpu().numpy(), logprobs.cpu().numpy()
-    return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended) for i, (count, ended)
-            in enumerate(zip(num_tokens.tolist(), stopped.tolist(), strict=True))]
+    ended = ["stop string" if string else bool(stop) for string, stop in
+             zip(at_string.tolist(), stopped.tolist(), strict=True)]
+    return [(all_ids[i, :count].copy(), all_logprobs[i, :count].copy(), ended[i])
+            for i, count in enumerate(num_tokens.tolist())]
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float,

@@ -28,7 +28,7 @@ from evaluate import validate
 from infra.batching import make_batch, micro_batches
 from infra.checkpoint import (check_run_dir, end_after_failure, list_checkpoints, lock_run_dir,
                               prepare_run_dir, resume, save_results)
-from infra.config import one_line_errors, read_command_line
+from infra.config import one_line_errors, read_command_line, stop_strings
 from infra.distributed import end_processes, is_sharded, raise_on_all_ranks, stop_on_signal
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, compute_logprobs,
                             mismatch_stats, response_logprobs, uses_rollout_logprobs)
@@ -101,7 +101,7 @@ def sampling_params(state: TrainState) -> SamplingParams:
     config, rollout = state.config, state.config.rollout
     in_loss = rollout.correction != "off" or uses_rollout_logprobs(state)
     return SamplingParams(rollout.n, config.data.max_response_length, rollout.temperature,
-                          rollout.top_p, logprobs=1.0 if in_loss else 1 / 16)
+                          rollout.top_p, 1.0 if in_loss else 1 / 16, stop_strings(rollout.stop))
 
 
 def apply_kl_penalty(state: TrainState, groups: list[Group]) -> list[Group]:

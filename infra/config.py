@@ -66,6 +66,12 @@ def compute_dtype(config: SimpleNamespace) -> str:
 
 
 @lru_cache
+def stop_strings(text: str) -> tuple[str, ...]:
+    """Those of a JSON list, or the one string that the text is. Raises ValueError."""
+    return tuple(json.loads(text, strict=False) if text.startswith("[") else [text] if text else [])
+
+
+@lru_cache
 def split_list(text: str) -> list[str]:
     """The parts of a value that commas separate, without blanks."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -234,6 +240,12 @@ def check_config(config: SimpleNamespace) -> None:
     except (ValueError, RecursionError):
         template_kwargs = None
     try:
+        stops = stop_strings(rollout.stop)
+        if not all(isinstance(string, str) and string for string in stops):
+            raise ValueError
+    except ValueError:
+        stops = None
+    try:
         weights = [float(weight) for weight in split_list(config.reward.weights)]
     except ValueError:
         weights = []
@@ -255,6 +267,8 @@ def check_config(config: SimpleNamespace) -> None:
          "group: put the answer in parentheses"),
         (not split_list(data.answer_key) and any(":" not in name for name in names),
          f"data.answer_key is empty, and reward.name={config.reward.name} needs answers"),
+        (stops is None, f"rollout.stop={rollout.stop!r}: a string, or a JSON list of strings, is "
+         "expected"),
         (not isinstance(template_kwargs, dict),
          f"data.chat_template_kwargs={data.chat_template_kwargs!r} is not a JSON object"),
         (not weights or len(weights) != len(names) or not all(map(math.isfinite, weights)),

@@ -28,26 +28,27 @@ def add_stop_tokens(model, tokenizer, names: Sequence[str]) -> None:
         model.generation_config.eos_token_id = sorted(ids)
 
 
-def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
+def make_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool | str]],
                    n: int) -> list[list[Response]]:
-    """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and whether
-    the last token ended them. Raises ValueError if a log-prob is not finite.
+    """Groups of `n` responses, from their token ids, log-probs (None: not asked for), and what
+    ended them: the last token (True), a stop string (which), or the limit (False). Raises
+    ValueError if a log-prob is not finite.
 
     The text lacks the token that ended it and those that mark ends and padding (EOS, BOS, ...), but
-    has other special tokens, such as <think>.
+    has other special tokens, such as <think>, and the stop string.
     """
     names = [name for name in tokenizer.special_tokens_map.values() if isinstance(name, str)]
     left_out = tokenizer.convert_tokens_to_ids(names)
-    shown = [ids[:len(ids) - stopped] for ids, _, stopped in rows]
+    shown = [ids[:-1] if ended is True else ids for ids, _, ended in rows]
     texts = tokenizer.batch_decode([ids[~np.isin(ids, left_out)] for ids in shown],
                                    skip_special_tokens=False)
     responses = []
-    for (ids, logprobs, stopped), text in zip(rows, texts, strict=True):
+    for (ids, logprobs, ended), text in zip(rows, texts, strict=True):
         if logprobs is None:
             logprobs = np.full(len(ids), np.nan, dtype=np.float32)
         elif not np.isfinite(logprobs).all():
             raise ValueError("log-probs are not finite: the policy has diverged, or overflows")
-        responses.append(Response(ids, logprobs, text, "stop" if stopped else "length"))
+        responses.append(Response(ids, logprobs, text, "stop" if ended else "length"))
     return [responses[i:i + n] for i in range(0, len(responses), n)]
 
 

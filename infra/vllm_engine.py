@@ -52,7 +52,8 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
             file.unlink(missing_ok=True)                      # vLLM would not start
         llm = LLM(config.model.path, dtype=dtype, seed=config.seed, max_model_len=max_len,
                   max_num_seqs=rollout.max_num_seqs, load_format="dummy", generation_config="vllm",
-                  tensor_parallel_size=rollout.tensor_parallel_size, skip_tokenizer_init=True,
+                  tensor_parallel_size=rollout.tensor_parallel_size,
+                  skip_tokenizer_init=not rollout.stop,  # it finds stop strings in texts
                   trust_remote_code=config.model.trust_remote_code,
                   hf_overrides=partial(language_config, policy.config, fp32_head),
                   logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
@@ -127,8 +128,9 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
     """`params.n` responses to each prompt; `progress` is unused. Raises ValueError if it fails."""
     from vllm import SamplingParams as Request
     from vllm.sampling_params import RequestOutputKind
-    requests = [Request(**request, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False,
-                        flat_logprobs=True) for request in request_params(params, seeds, stop_ids)]
+    requests = [Request(**request, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True,
+                        detokenize=bool(params.stop))
+                for request in request_params(params, seeds, stop_ids)]
     try:
         results = llm.generate([{"prompt_token_ids": ids} for ids in prompts], requests,
                                use_tqdm=False)
@@ -140,7 +142,7 @@ def generate_in_process(llm, tokenizer, stop_ids: list[int], prompts: Sequence[l
     for output in (output for result in results for output in result.outputs):
         ids = np.array(output.token_ids, dtype=np.int32)
         logprobs = output.logprobs and np.array(output.logprobs.logprobs, dtype=np.float32)
-        rows.append((ids, logprobs, output.finish_reason == "stop"))
+        rows.append((ids, logprobs, what_ended(output.finish_reason, output.stop_reason)))
     return group_responses(tokenizer, rows, params)
 
 
@@ -153,13 +155,19 @@ def request_params(params: SamplingParams, seeds: Sequence[tuple[int, ...]],
     """
     n = params.n if params.temperature > 0 else 1
     chosen = set(sorted(seeds)[:math.ceil(params.logprobs * len(seeds))])
-    return [{**params._asdict(), "n": n, "stop_token_ids": stop_ids,
+    return [{**params._asdict(), "n": n, "stop": list(params.stop), "stop_token_ids": stop_ids,
+             "skip_special_tokens": False,  # in what stop strings are looked for
              "logprobs": 0 if seed in chosen else None,  # 0: of the sampled token alone
              "seed": int(np.random.default_rng(seed).integers(2**62))}  # plus i for response i
             for seed in seeds]
 
 
-def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool]],
+def what_ended(finish_reason: str, stop_reason: int | str | None) -> bool | str:
+    """What vLLM says ended a response, as `make_responses` takes it."""
+    return finish_reason == "stop" and (stop_reason if isinstance(stop_reason, str) else True)
+
+
+def group_responses(tokenizer, rows: Sequence[tuple[np.ndarray, np.ndarray | None, bool | str]],
                     params: SamplingParams) -> list[list[Response]]:
     """The `params.n` responses to each prompt, from the rows of `make_responses`."""
     if params.temperature == 0:

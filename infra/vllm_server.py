@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data_types import Engine, Response, SamplingParams
 from infra.config import escape_control
 from infra.distributed import raise_on_all_ranks
-from infra.vllm_engine import group_responses, request_params
+from infra.vllm_engine import group_responses, request_params, what_ended
 
 CHECK_SECONDS = 5          # between two checks of the servers while they generate
 GENERATE_SECONDS = 86_400  # a response may wait for hours in a server's queue
@@ -261,8 +261,8 @@ def generate_on_servers(servers: Servers, tokenizer, stop_ids: list[int], max_nu
 
 
 def read_choices(url: str, answer: dict,
-                 max_tokens: int) -> list[tuple[np.ndarray, np.ndarray | None, bool]]:
-    """For each response: token ids (T,) int32, log-probs (T,) float32 or None, whether it stopped.
+                 max_tokens: int) -> list[tuple[np.ndarray, np.ndarray | None, bool | str]]:
+    """For each response: token ids (T,) int32, log-probs (T,) float32 or None, what ended it.
 
     Raises OSError if a response was aborted, or cut before `max_tokens`.
     """
@@ -277,5 +277,6 @@ def read_choices(url: str, answer: dict,
             raise OSError(f"{url} cut a response after {len(ids)} tokens, not {max_tokens}: its "
                           "--max-model-len, or a default of its own, is too small")
         logprobs = choice["logprobs"] and np.array(choice["logprobs"]["token_logprobs"], np.float32)
-        rows.append((np.array(ids, dtype=np.int32), logprobs, reason == "stop"))
+        rows.append((np.array(ids, dtype=np.int32), logprobs,
+                     what_ended(reason, choice.get("stop_reason"))))
     return rows

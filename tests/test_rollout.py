@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_types import Response, SamplingParams
+from infra.config import stop_strings
 from infra.rng import make_rng
 from infra.tokens import make_responses, stop_token_ids
 from infra.vllm_engine import request_params
@@ -17,10 +18,10 @@ PROMPTS = ["a7 b*3 c+5?", "a1 b+1?", "a9 b-5 c-7 d+2 e+1 f+8 g*2 h*3 i*7?"]
 
 
 def sample(model, tokenizer, texts=PROMPTS, n=4, seed=0, max_tokens=96, temperature=1.0,
-           max_num_seqs=512) -> list[list[Response]]:
+           max_num_seqs=512, stop=()) -> list[list[Response]]:
     prompts = [tokenizer.encode(text) for text in texts]
     return transformers_generate(model, tokenizer, prompts, [(seed, i) for i in range(len(texts))],
-                                 SamplingParams(n, max_tokens, temperature),
+                                 SamplingParams(n, max_tokens, temperature, stop=stop),
                                  max_num_seqs=max_num_seqs)
 
 
@@ -124,6 +125,31 @@ def test_every_eos_of_the_generation_config_ends_a_response(model, tokenizer):
         assert all(response.finish_reason == "stop" and response.token_ids[-1] == answer
                    for response in group if response.finish_reason == "stop")
         assert any(response.token_ids[-1] == answer for response in group)
+
+
+@pytest.mark.parametrize("stop, cut", [
+    (("r: ",), "r: "), (("5=6\nA",), "5=6\nAnswer: "), (("nowhere", "1+5"), "1+5")])
+def test_a_stop_string_ends_a_response_and_is_part_of_it(model, tokenizer, stop, cut):
+    """Also one over several tokens, and within a token, which is whole."""
+    free = sample(model, tokenizer, PROMPTS[:1], n=16)[0]
+    stopped = sample(model, tokenizer, PROMPTS[:1], n=16, stop=stop)[0]
+    for before, after in zip(free, stopped, strict=True):
+        found = [before.text.find(string) for string in stop if string in before.text]
+        if not found:
+            assert after.text == before.text
+            continue
+        length = len(after.token_ids)
+        assert after.finish_reason == "stop" and length < len(before.token_ids)
+        assert after.token_ids.tolist() == before.token_ids[:length].tolist()
+        assert after.logprobs == pytest.approx(before.logprobs[:length], abs=1e-5)
+        assert after.text == before.text[:before.text.index(cut) + len(cut)]
+    assert any(one.text.endswith(cut) for one in stopped)
+
+
+@pytest.mark.parametrize("text, strings", [
+    ("", ()), ("\n\n", ("\n\n",)), (", and", (", and",)), ('["\\n", "Q:"]', ("\n", "Q:"))])
+def test_stop_strings_are_one_or_a_list(text, strings):
+    assert stop_strings(text) == strings
 
 
 def test_gradient_checkpointing_does_not_cost_the_cache(model, tokenizer):

@@ -90,6 +90,11 @@ def test_the_same_seed_gives_the_same_responses_however_they_are_batched(vllm_st
     assert len({tuple(response.token_ids) for response in groups[3]}) > 1  # each has its own seed
 
 
+def state_engine(state, tokenizer):
+    """The engine of transformers with the same policy."""
+    return transformers_engine(state.policy, tokenizer, state.accelerator.autocast, 64, False)
+
+
 @pytest.mark.parametrize(("stop_ids", "max_tokens"), [([0], 96), ([0, 5, 6], 96), ([0], 2)])
 def test_greedy_responses_are_those_of_transformers(vllm_state, tokenizer, stop_ids, max_tokens):
     """Token for token, with their log-probs and finish reasons: one EOS id, several, truncated."""
@@ -97,11 +102,24 @@ def test_greedy_responses_are_those_of_transformers(vllm_state, tokenizer, stop_
     (llm, *_), seeds = state.engine.generate.args, [(1,)] * len(prompts)
     params = SamplingParams(n=2, max_tokens=max_tokens, temperature=0.0)
     state.policy.generation_config.eos_token_id = stop_ids
-    reference = transformers_engine(state.policy, tokenizer, state.accelerator.autocast, 64, False)
+    reference = state_engine(state, tokenizer)
     found = generate_in_process(llm, tokenizer, stop_ids, prompts, seeds, params)
     assert_same(reference.generate(prompts, seeds, params), found)
     reasons = {response.finish_reason for group in found for response in group}
     assert "stop" in reasons if max_tokens > 2 else reasons == {"length"}
+
+
+@pytest.mark.parametrize("stop", [("r: ",), ("nswer", "nowhere"),
+                                  tuple(f"r: {digit}" for digit in range(10))])
+def test_stop_strings_end_the_same_responses_as_with_transformers(vllm_state, tokenizer, stop):
+    state, prompts = vllm_state
+    (llm, *_), seeds = state.engine.generate.args, [(1,)] * len(prompts)
+    params = SamplingParams(n=2, max_tokens=96, temperature=0.0, stop=stop)
+    found = generate_in_process(llm, tokenizer, [tokenizer.eos_token_id], prompts, seeds, params)
+    assert_same(state_engine(state, tokenizer).generate(prompts, seeds, params), found)
+    texts = [response.text for group in found for response in group]
+    assert any(string in text for text in texts for string in stop)
+    assert {response.finish_reason for group in found for response in group} == {"stop"}
 
 
 def test_logprobs_are_those_after_temperature_and_top_p(vllm_state):

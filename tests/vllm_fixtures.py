@@ -35,7 +35,8 @@ STEPS = 8  # of the run `alone`
 def engine(tokenizer):
     """vLLM in this process."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    config = load_config(ROOT / "config.yaml", VLLM)
+    # With the tokenizer that stop strings need; each request names its own.
+    config = load_config(ROOT / "config.yaml", [*VLLM, "rollout.stop=none"])
     policy = AutoModelForCausalLM.from_pretrained(ROOT / "toy/base")
     engine = infra.vllm_engine.vllm_engine(config, accelerator, tokenizer, [tokenizer.eos_token_id],
                                            policy)
