@@ -21,7 +21,6 @@ import infra  # noqa: F401  before torch: it limits how long threads spin
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from data_types import Data, Group, Progress, Sample, SamplingParams, Stat, TrainState, Update
 from evaluate import validate
@@ -29,7 +28,8 @@ from infra.batching import make_batch, micro_batches
 from infra.checkpoint import (check_run_dir, end_after_failure, list_checkpoints, lock_run_dir,
                               prepare_run_dir, resume, save_results)
 from infra.config import one_line_errors, read_command_line, stop_strings
-from infra.distributed import end_processes, is_sharded, raise_on_all_ranks, stop_on_signal
+from infra.distributed import (end_processes, is_sharded, raise_on_all_ranks, show_progress,
+                               step_bar, stop_on_signal)
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, compute_logprobs,
                             mismatch_stats, response_logprobs, uses_rollout_logprobs)
 from infra.memory import out_of_memory
@@ -49,12 +49,11 @@ from sampling import (check_underfilled, describe_filter, draw_prompts, drop_rea
 def train(state: TrainState, data: Data, progress: Progress) -> None:
     """DAPO's Algorithm 1, from the step after those of `progress`, which it updates, to the last,
     or to a signal. Raises ValueError or OSError if it cannot continue."""
-    config, done = state.config, progress.counters["step"]
+    config, accelerator = state.config, state.accelerator
     size, limit = config.data.train_batch_size, config.filter_groups.max_num_gen_batches or math.inf
-    steps = tqdm(range(done + 1, config.total_training_steps + 1), "DAPO", initial=done,
-                 total=config.total_training_steps, disable=not state.accelerator.is_main_process)
+    steps = step_bar(accelerator, progress.counters["step"], config.total_training_steps)
     for step in steps:                                               # 1: for step = 1..M
-        record, buffer, name = StepRecord(step, config), [], f"step {step}"
+        record, buffer, name = StepRecord(step, config, drop_reason), [], f"step {step}"
         while len(buffer) < size and record.gen_batches < limit:     # 7, 8: until it is full
             prompts = draw_prompts(data.train, config, progress.counters,
                                    record.generated, len(buffer))    # 2: a batch of prompts
@@ -75,7 +74,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
             with record.timer("logprobs"):
                 batches = add_logprobs(state, batches)
             with record.timer("update"):
-                for mini_batch in batches:                           # 10: for each mini-batch
+                for mini_batch in show_progress(accelerator, batches, "update"):   # 10: for each
                     record.add_update(update_policy(state, mini_batch, step))  # 11: equation 8
             with record.timer("sync"):                               # 3: pi_old <- pi, for the next
                 sync_weights(state)
@@ -83,11 +82,11 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
         evaluations = validate(state, data.val, step)
         progress.evaluations |= evaluations
         metrics = step_metrics(state, record, buffer, progress.counters, evaluations)
-        write_step(state, record, buffer, metrics, drop_reason)
+        write_step(state, record, buffer, metrics)
         check_underfilled(state, record, buffer, metrics["consecutive_skips"])
         check_logprob_mismatch(state, step, metrics.get("actor/mismatch_abs", 0.0))
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
-        stop = state.accelerator.check_trigger()  # any rank has received a signal
+        stop = accelerator.check_trigger()  # any rank has received a signal
         save_results(state, progress, checkpoint=stop)
         if stop:
             break
@@ -176,7 +175,7 @@ def update_policy(state: TrainState, mini_batch: list[Sample], step: int) -> Upd
     num_seqs = sum(sample.in_loss for sample in mini_batch)
     if not num_seqs:
         return None
-    set_learning_rate(state.optimizer, config.actor, step)
+    set_learning_rate(state.optimizer, config, step)
     micros = micro_batches(mini_batch, config.actor.max_tokens_per_micro_batch,
                            accelerator.process_index, accelerator.num_processes,
                            packing_kind(state.policy))
@@ -253,7 +252,7 @@ def main() -> None:
             if not progress.counters["step"] and (before := validate(state, data.val, 0)):
                 progress.evaluations = before
                 metrics = {"step": 0, **validation_metrics(before)}
-                write_step(state, StepRecord(0, config), [], metrics, drop_reason)
+                write_step(state, StepRecord(0, config), [], metrics)
                 accelerator.print(f"\n{format_tables(before)}\n")
             train(state, data, progress)
             finished = progress.counters["step"] == config.total_training_steps
@@ -261,7 +260,7 @@ def main() -> None:
                 if finished and accelerator.is_main_process:
                     plot_runs([config.run_dir], f"{config.run_dir}/curves.png")
         if accelerator.is_main_process:
-            print_report(config, progress, time.perf_counter() - start)
+            print_report(config, accelerator.device, progress, time.perf_counter() - start)
         end_tracker(accelerator)
         end_processes(accelerator, state.engine)
     except (Exception, SystemExit) as error:  # of any kind: the policy is not lost with it

@@ -42,7 +42,7 @@ def train(state: TrainState, data: Data, progress: Progress | None = None,
     """
     rows = []
 
-    def write_step(state, record, buffer, metrics, drop_reason):
+    def write_step(state, record, buffer, metrics):
         rows.append(metrics)
         if after_step(metrics):
             state.accelerator.set_trigger()  # as a signal does

@@ -44,7 +44,7 @@ from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, ra
                                warn)
 from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
-from infra.provenance import changed_code, code_digests, write_code
+from infra.provenance import changed_code, code_digests, digest_file, write_code
 from infra.rollout_files import read_metrics
 from infra.trackers import start_tracker
 
@@ -369,7 +369,7 @@ def read_metadata(path: Path) -> dict:
     """A checkpoint's counters, config and evaluations; {} if they are not what was written."""
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
-        intact = digests["progress.json"] == _digest(path / "progress.json")
+        intact = digests["progress.json"] == digest_file(path / "progress.json")
         return json.loads((path / "progress.json").read_text("utf-8")) if intact else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -408,13 +408,8 @@ def hash_files(accelerator: Accelerator, folder: Path, names: Sequence[str]) -> 
     """The SHA-256 of each file of the folder; the ranks share the work.
     Raises ValueError or OSError on all ranks if one cannot be read."""
     def hash_share(share: Sequence[str]) -> list[str]:
-        return [_digest(folder / name) for name in share]
+        return [digest_file(folder / name) for name in share]
     return dict(zip(names, map_over_ranks(accelerator, hash_share, names, "hash"), strict=True))
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> None:

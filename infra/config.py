@@ -67,8 +67,15 @@ def compute_dtype(config: SimpleNamespace) -> str:
 
 @lru_cache
 def stop_strings(text: str) -> tuple[str, ...]:
-    """Those of a JSON list, or the one string that the text is. Raises ValueError."""
-    return tuple(json.loads(text, strict=False) if text.startswith("[") else [text] if text else [])
+    """Those of `rollout.stop`: a JSON list of strings, or one string. Raises ValueError."""
+    try:
+        strings = json.loads(text, strict=False) if text.startswith('["') else [text] * bool(text)
+    except ValueError:
+        strings = [""]
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f'rollout.stop={text!r} is neither a string nor a JSON list of strings, '
+                         r'such as ["\n\n", "Question:"]')
+    return tuple(strings)
 
 
 @lru_cache
@@ -240,15 +247,10 @@ def check_config(config: SimpleNamespace) -> None:
     except (ValueError, RecursionError):
         template_kwargs = None
     try:
-        stops = stop_strings(rollout.stop)
-        if not all(isinstance(string, str) and string for string in stops):
-            raise ValueError
-    except ValueError:
-        stops = None
-    try:
         weights = [float(weight) for weight in split_list(config.reward.weights)]
     except ValueError:
         weights = []
+    stop_strings(rollout.stop)
     urls = [re.fullmatch(r"https?://[^/,\s]+", url) for url in rollout.server_urls.split(",")]
     for is_wrong, problem in [
         (buffer.enable and buffer.len > data.max_response_length,
@@ -267,8 +269,6 @@ def check_config(config: SimpleNamespace) -> None:
          "group: put the answer in parentheses"),
         (not split_list(data.answer_key) and any(":" not in name for name in names),
          f"data.answer_key is empty, and reward.name={config.reward.name} needs answers"),
-        (stops is None, f"rollout.stop={rollout.stop!r}: a string, or a JSON list of strings, is "
-         "expected"),
         (not isinstance(template_kwargs, dict),
          f"data.chat_template_kwargs={data.chat_template_kwargs!r} is not a JSON object"),
         (not weights or len(weights) != len(names) or not all(map(math.isfinite, weights)),

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data_types import Engine
+from data_types import Engine, Sample
 
 
 def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence], items: Sequence,
@@ -59,6 +60,24 @@ def warn(accelerator: Accelerator, message: str) -> None:
     """Print a warning above the progress bar, on the main process only."""
     if accelerator.is_main_process:
         tqdm.write(f"warning: {message}")
+
+
+def step_bar(accelerator: Accelerator, done: int, total: int) -> tqdm:
+    """The steps after those that are `done`, with a progress bar. Its forecast takes the mean over
+    all steps, so that it does not jump at validations."""
+    return tqdm(range(done + 1, total + 1), "DAPO", total, initial=done, smoothing=0,
+                disable=not accelerator.is_main_process)
+
+
+def show_progress(accelerator: Accelerator, batches: Sequence[Sequence[Sample]],
+                  phase: str) -> Iterator[Sequence[Sample]]:
+    """The batches in turn; on a terminal, a bar names the phase and counts their tokens."""
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    with tqdm(desc=phase, total=sum(map(len, chain(*batches))), unit=" tokens", unit_scale=True,
+              leave=False, disable=not shown) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(sum(map(len, batch)))
 
 
 @contextmanager

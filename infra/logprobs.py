@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from data_types import Prompt, Sample, SamplingParams, Stat, TrainState
 from infra.batching import make_batch, micro_batches
 from infra.config import compute_dtype
+from infra.distributed import show_progress
 from infra.memory import CHUNK_ELEMENTS, kept_elements
 from infra.packing import disable_packing, packing_kind
 from infra.precision import is_plain_linear, linear_fp32, matmul_fp32, round_like_autocast
@@ -42,7 +43,8 @@ def compute_logprobs(state: TrainState, model: torch.nn.Module,
                                     accelerator.num_processes, packing))
     micros = micro_batches(sorted(own, key=lambda sample: sample.key), max_tokens, packing=packing)
     count, found = max(gather_object([len(micros)])), {}
-    for micro in micros + [[]] * (count - len(micros)):  # every rank runs the model equally often
+    micros += [[]] * (count - len(micros))  # every rank runs the model equally often
+    for micro in show_progress(accelerator, micros, "log-probs"):
         with accelerator.autocast():
             logprobs, _ = response_logprobs(model, make_batch(state, micro),
                                             config.rollout.temperature)

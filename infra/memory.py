@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -67,6 +69,14 @@ def report_memory(config: SimpleNamespace, accelerator: Accelerator, policy: tor
     most = max(sums, key=sums.get)
     if sums[most] > total:
         accelerator.print(f"warning: memory may not suffice to {most}: {REMEDIES[most]}")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most GB that this process has held so far: of the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _size(count: float) -> str:

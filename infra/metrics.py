@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from data_types import Evaluation, Group, Progress, Sample, Stat, TrainState, Update
 from infra.config import escape_control
 from infra.distributed import warn
-from infra.memory import out_of_memory
+from infra.memory import out_of_memory, peak_memory
 from reward import mean_extra
 
 PHASES = ("generate", "reward", "logprobs", "update", "sync")
@@ -26,11 +26,14 @@ PHASES = ("generate", "reward", "logprobs", "update", "sync")
 
 class StepRecord:
     """What one step has done so far: the groups that it generated and trains, the seconds of its
-    phases, and the statistics of its updates, summed over its micro-batches.
+    phases, and the statistics of its updates, summed over its micro-batches. `drop_reason` says
+    why the filter drops a group, by a metric.
 
     Every rank must add updates with the same statistics in the same order.
     """
-    def __init__(self, step: int, config: SimpleNamespace) -> None:
+    def __init__(self, step: int, config: SimpleNamespace,
+                 drop_reason: Callable[[Group, str], str] = lambda group, metric: "") -> None:
+        self.drop_reason = drop_reason
         self.step, self.start = step, time.perf_counter()
         self.num_saved = config.save_rollouts if config.save_token_stats else 0
         self.seconds, self.trained_tokens = Counter(), 0
@@ -132,6 +135,7 @@ def step_metrics(state: TrainState, record: StepRecord, buffer: Sequence[Group],
     if record.groups:
         lr = state.optimizer.param_groups[0]["lr"]
         metrics |= actor_metrics(state.accelerator, record, lr)
+    metrics["memory/peak_gb"] = peak_memory(state.accelerator.device)
     return metrics | time_metrics(record, step_seconds) | validation
 
 
@@ -254,7 +258,8 @@ def format_tables(evaluations: dict[str, dict[str, Evaluation]]) -> str:
     return "\n".join(map(escape_control, lines[:-1]))
 
 
-def print_report(config: SimpleNamespace, progress: Progress, seconds: float) -> None:
+def print_report(config: SimpleNamespace, device: torch.device, progress: Progress,
+                 seconds: float) -> None:
     """Print validation before and after, one problem's responses, and where the results are; or
     how to resume, if the run was stopped."""
     evaluations, step = progress.evaluations, progress.counters["step"]
@@ -272,5 +277,6 @@ def print_report(config: SimpleNamespace, progress: Progress, seconds: float) ->
             for text in evaluation.examples[:4]:
                 print(f"  {title:<8}{text!r}")
     models = ", model/ (merged) and adapter/" if config.model.lora_rank else " and model/"
-    print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start. "
-          f"{config.run_dir} has curves.png, metrics.jsonl, rollouts/, checkpoints/{models}")
+    print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start, with "
+          f"{peak_memory(device):.1f} GB of memory at most. {config.run_dir} has curves.png, "
+          f"metrics.jsonl, rollouts/, checkpoints/{models}")

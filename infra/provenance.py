@@ -22,7 +22,7 @@ def code_digests(config: SimpleNamespace) -> dict[str, str]:
     files = {path.relative_to(ROOT).as_posix(): path
              for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("infra/*.py")])}
     files |= {name: Path(name) for name in reward_files(config)}
-    return {name: _digest(path) for name, path in files.items() if path.exists()}
+    return {name: digest_file(path) for name, path in files.items() if path.exists()}
 
 
 def reward_files(config: SimpleNamespace) -> list[str]:
@@ -56,15 +56,17 @@ def write_code(config: SimpleNamespace, step: int) -> str:
     changed = re.findall(r"^diff --git a/(.*) b/", diff, re.MULTILINE)
     if len(diff) > LONGEST_DIFF:
         diff = f"the diff is left out: it has {len(diff)} characters\n"
-    digests = "".join(f"{_digest(Path(name))}  {name}\n" for name in reward_files(config))
+    digests = "".join(f"{digest_file(Path(name))}  {name}\n" for name in reward_files(config))
     folder.mkdir(exist_ok=True)
     (folder / f"from_step_{step:05d}.patch").write_text(f"commit {commit}\n{digests}\n{diff}",
                                                         "utf-8", "surrogateescape")
     return f"commit {commit}" + (f", with changes in {', '.join(changed)}" if changed else "")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest_file(path: Path) -> str:
+    """Its SHA-256."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _git(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:

@@ -1,7 +1,7 @@
 """The files of a run that tell its story: metrics.jsonl, and responses in rollouts/."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from infra.trackers import log_to_tracker
 
 
 def write_step(state: TrainState, record: StepRecord, buffer: Sequence[Group],
-               metrics: dict[str, float], drop_reason: Callable[[Group, str], str]) -> None:
+               metrics: dict[str, float]) -> None:
     """Write the metrics to metrics.jsonl and the tracker; and some groups to rollouts/, of those
-    that the step trained and of those that it did not, with what `drop_reason` says of them."""
+    that the step trained and of those that it did not."""
     run_dir, step, token_stats = Path(state.config.run_dir), record.step, {}
     if state.config.save_rollouts and record.generated:
         token_stats = record.gather_token_stats()
@@ -27,11 +27,11 @@ def write_step(state: TrainState, record: StepRecord, buffer: Sequence[Group],
             with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             if state.config.save_rollouts and record.generated:
-                write_rollouts(state, record, buffer, token_stats, drop_reason)
+                write_rollouts(state, record, buffer, token_stats)
 
 
 def write_rollouts(state: TrainState, record: StepRecord, buffer: Sequence[Group],
-                   token_stats: dict[tuple[int, int], dict], drop_reason: Callable) -> None:
+                   token_stats: dict[tuple[int, int], dict]) -> None:
     """Write two files: step_N, groups that were trained; dropped_N, groups that were not. Of a
     skipped step those are step_N. `token_stats` are those of `StepRecord.gather_token_stats`."""
     config, groups, reasons, by_reason = state.config, record.groups, {}, {}
@@ -44,7 +44,7 @@ def write_rollouts(state: TrainState, record: StepRecord, buffer: Sequence[Group
             else:
                 accs = {score.acc for score in group.scores}
                 reason = "all correct" if accs == {1} else "all wrong" if accs == {0} else (
-                    drop_reason(group, config.filter_groups.metric) or "by the filter")
+                    record.drop_reason(group, config.filter_groups.metric) or "by the filter")
             reasons[position] = reason
             by_reason.setdefault(reason, []).append(group)
     turns = zip_longest(*by_reason.values())  # the first of each reason, the second of each, ...

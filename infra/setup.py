@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -352,7 +353,12 @@ def sync_weights(state: TrainState) -> None:
     state.engine.sync(iter_full_weights(state.accelerator.unwrap_model(state.policy), tied=True))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, actor: SimpleNamespace, step: int) -> None:
-    """Set the learning rate of a step: constant after a linear warm-up."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: SimpleNamespace,
+                      step: int) -> None:
+    """Set the learning rate of a step: after a linear warm-up constant, or falling, so that the
+    step after the last would have 0."""
+    warmup, schedule = config.actor.lr_warmup_steps, config.actor.lr_schedule
+    done = max(0, step - 1 - warmup) / max(1, config.total_training_steps - warmup)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     for group in optimizer.param_groups:
-        group["lr"] = actor.lr * min(1.0, step / max(1, actor.lr_warmup_steps))
+        group["lr"] = config.actor.lr * min(factor[schedule], step / max(1, warmup))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,8 +15,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from data_types import Prompt, Sample, Score, Stat, Update
+from infra.distributed import show_progress, step_bar
+from infra.memory import peak_memory
 from infra.metrics import StepRecord, actor_metrics, mean, progress_text, rollout_metrics
 from infra.rollout_files import rollout_records
+from infra.setup import set_learning_rate
 from infra.tokens import token_texts
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -203,3 +207,40 @@ def test_the_texts_of_tokens_join_to_the_text_whatever_the_policy_writes():
 
 def test_the_mean_of_nothing_is_zero():
     assert mean([]) == 0 and mean([1, 2, 6]) == 3 and math.isclose(mean(iter([0.5])), 0.5)
+
+
+# ---- the learning rate, progress, memory ---------------------------------------------------------
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+    ("cosine", [0.5, 1, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])])
+def test_the_learning_rate_rises_and_then_follows_its_schedule(schedule, expected):
+    config = SimpleNamespace(total_training_steps=6, actor=SimpleNamespace(
+        lr=3.0, lr_warmup_steps=2, lr_schedule=schedule))
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    rates = []
+    for step in range(1, 7):
+        set_learning_rate(optimizer, config, step)
+        rates.append(optimizer.param_groups[0]["lr"] / 3)
+    assert rates == pytest.approx(expected)
+
+
+def test_a_phase_shows_its_tokens_on_a_terminal_and_nothing_in_a_file(monkeypatch, capsys):
+    batches = [[[0] * 3, [0] * 4], [], [[0] * 5]]
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        assert list(show_progress(Accelerator(cpu=True), batches, "update")) == batches
+        shown = capsys.readouterr().err
+        assert ("update" in shown and "/12.0 [" in shown) if terminal else not shown
+
+
+def test_the_forecast_is_the_mean_of_all_steps():
+    bar = step_bar(Accelerator(cpu=True), done=2, total=5)
+    assert (list(bar), bar.initial, bar.total, bar.smoothing) == ([3, 4, 5], 2, 5, 0)
+
+
+def test_the_peak_of_memory_counts_what_was_freed():
+    before = peak_memory(torch.device("cpu"))
+    torch.ones(2**27)  # 0.54 GB
+    after = peak_memory(torch.device("cpu"))
+    assert before < after and 0.5 < peak_memory(torch.device("cpu")) < 60

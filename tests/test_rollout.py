@@ -147,9 +147,16 @@ def test_a_stop_string_ends_a_response_and_is_part_of_it(model, tokenizer, stop,
 
 
 @pytest.mark.parametrize("text, strings", [
-    ("", ()), ("\n\n", ("\n\n",)), (", and", (", and",)), ('["\\n", "Q:"]', ("\n", "Q:"))])
+    ("", ()), ("\n\n", ("\n\n",)), (", and", (", and",)), ("[end]", ("[end]",)),
+    ('["\\n", "Q:"]', ("\n", "Q:")), ('["\n"]', ("\n",))])
 def test_stop_strings_are_one_or_a_list(text, strings):
     assert stop_strings(text) == strings
+
+
+@pytest.mark.parametrize("text", ['["a"', '["a", 1]', '["a", ""]'])
+def test_a_list_of_stop_strings_that_is_none_is_an_error(text):
+    with pytest.raises(ValueError, match="rollout.stop=.* is neither a string nor a JSON list"):
+        stop_strings(text)
 
 
 def test_gradient_checkpointing_does_not_cost_the_cache(model, tokenizer):

@@ -93,7 +93,7 @@ def train(state, data, steps) -> dict:
     """Train; what was trained on, and the losses. Every rank must have the same responses."""
     results = {"positions": [], "tokens": [], "losses": [], "lengths": [], "saved": []}
 
-    def write_step(state, record, buffer, metrics, drop_reason):
+    def write_step(state, record, buffer, metrics):
         results["losses"].append(metrics["actor/loss"])
         for _, stats in sorted(record.gather_token_stats().items()):
             results["saved"] += stats["values"]["ratio"] + stats["values"]["entropy"]
