@@ -71,13 +71,14 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path | io.BytesIO,
     figure.savefig(out, dpi=100)
 
 
-def plot_step(run_dirs: Sequence[str], step: int, out: str | Path, metrics: Sequence[str]) -> None:
+def plot_step(run_dirs: Sequence[str], step: int, out: str | Path, metrics: Sequence[str],
+              neighbours: Sequence[int] = ()) -> None:
     """Write the page of a step of a run, with its curves, into the file `out`."""
     if len(run_dirs) > 1:
         raise ValueError(f"--step shows a step of one run, {len(run_dirs)} are named")
     rows = {row["step"]: row for row in read_metrics(run_dirs[0])}
     plot_runs(run_dirs, curves := io.BytesIO(), metrics, step)
-    write_step_page(run_dirs[0], step, rows.get(step, {}), curves.getvalue(), out)
+    write_step_page(run_dirs[0], step, rows.get(step, {}), curves.getvalue(), out, neighbours)
 
 
 def draw_panel(axis, runs: dict[str, list[dict]], names: list[str]) -> None:
@@ -102,17 +103,21 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="directories of runs")
     parser.add_argument("--metrics", nargs="+", default=(), metavar="PATTERN",
                         help="names of metrics, * matches any characters; default: nine panels")
-    parser.add_argument("--step", type=int, metavar="N", help="write the page of this step instead")
+    parser.add_argument("--step", type=int, nargs="+", metavar="N",
+                        help="write the page of this step instead; of several, linked")
     parser.add_argument("--out", help="the file that is written; default: curves.png, or "
                         "step_N.html in the run's directory")
     args = parser.parse_args()
     with one_line_errors():
         if args.step is None:
             plot_runs(args.runs, out := args.out or "curves.png", args.metrics)
-        else:
-            out = args.out or str(Path(args.runs[0]) / f"step_{args.step:05d}.html")
-            plot_step(args.runs, args.step, out, args.metrics)
-    print(f"wrote {out}")
+            print(f"wrote {out}")
+        for i, step in enumerate(args.step or ()):
+            out = str(Path(args.runs[0]) / f"step_{step:05d}.html")
+            out = args.out if args.out and len(args.step) == 1 else out
+            neighbours = [*args.step[max(0, i - 1):i], *args.step[i + 1:i + 2]]
+            plot_step(args.runs, step, out, args.metrics, neighbours)
+            print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from infra.distributed import warn
 from infra.memory import out_of_memory, peak_memory
 from reward import mean_extra
 
+NOT_OF_TOKENS = ("approx_kl", "clip_high_prob", "mismatch_abs", "mismatch_kl",
+                 "importance_ratio_max", "importance_ratio_clip_frac")  # seen in others, or small
 PHASES = ("generate", "reward", "logprobs", "update", "sync")
 
 
@@ -92,7 +94,7 @@ class StepRecord:
         """Keep the values at each token of a response, and which tokens a bool statistic flags."""
         values, flags = {}, {}
         for name, stat in stats.items():
-            if stat.values.dtype == torch.bool or name in ("ratio", "entropy", "token_prob"):
+            if stat.values.dim() == 2 and name not in NOT_OF_TOKENS:
                 at_tokens = stat.values.expand(mask.shape)[row, :len(sample.response_ids)]
                 if at_tokens.dtype == torch.bool:
                     flags[name] = at_tokens.nonzero().flatten().tolist()

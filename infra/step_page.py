@@ -21,8 +21,9 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def write_step_page(run_dir: str | Path, step: int, metrics: dict, curves: bytes,
-                    out: str | Path) -> None:
-    """Write the page. `metrics`: the step's row of metrics.jsonl; `curves`: a picture, PNG.
+                    out: str | Path, neighbours: Sequence[int] = ()) -> None:
+    """Write the page. `metrics`: the step's row of metrics.jsonl; `curves`: a picture, PNG;
+    `neighbours`: steps whose pages lie beside it.
 
     Raises ValueError if the run has no rollouts of the step, or they are not readable.
     """
@@ -30,6 +31,10 @@ def write_step_page(run_dir: str | Path, step: int, metrics: dict, curves: bytes
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     parts = {"title": html.escape(f"{Path(run_dir).resolve().name}, step {step}"),
              "counts": describe_counts(metrics, len(groups)),
+             "neighbours": "".join(f'<a href="step_{other:05d}.html">step {other}</a> '
+                                   for other in neighbours),
+             "figures": "".join(f"<tr><td>{html.escape(name)}<td>{value:.4g}"
+                                for name, value in metrics.items()),
              "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
              "curves": base64.b64encode(curves).decode(),
              "data": json.dumps(groups, ensure_ascii=False, separators=(",", ":")).replace(
@@ -73,6 +78,8 @@ def describe_response(record: dict) -> dict:
         facts["advantage"] = f"{min(advantage):.3g} to {max(advantage):.3g}"
     elif advantage is not None:
         facts["advantage"] = f"{advantage:.3g}"
+    facts |= {name: f"{value:.3g}" if isinstance(value, float) else str(value)
+              for name, value in record.items() if name.startswith("reward/")}
     facts |= {"parsed": record["pred"] or "none", "tokens": str(record["tokens"]),
               "finish": record["finish_reason"]}
     if record["status"] != "ok":

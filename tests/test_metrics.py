@@ -97,10 +97,11 @@ def test_tokens_of_saved_responses_are_kept_as_they_were_trained_last():
     unsaved = Sample([1], other.responses[0].token_ids, 0.0, key=(1, 0))
     record = make_record(saved=1)
     record.groups = [saved, other]
-    stats = {"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "other": Stat(VALUES)}
+    stats = {"ratio": Stat(torch.tensor([[1.25, 0.123456, 9], [7, 7, 7]])), "own": Stat(VALUES),
+             "approx_kl": Stat(VALUES), "loss": Stat(torch.tensor(1.0), "sum")}
     record.add_update(make_update((stats, torch.ones(2, 3, dtype=torch.bool), [first, unsaved])))
     assert record.gather_token_stats() == {
-        (0, 0): {"update": 1, "values": {"ratio": [1.25, 0.1235]}, "flags": {}}}
+        (0, 0): {"update": 1, "flags": {}, "values": {"ratio": [1.25, 0.1235], "own": [1.0, 2.0]}}}
     stats = {"entropy": Stat(torch.tensor([[2.0], [3.0]])),  # one value for all tokens
              "clip_frac_low": Stat(torch.tensor([[False, True], [False, False]]))}
     record.add_update(make_update((stats, torch.tensor([[True, True], [False, False]]),

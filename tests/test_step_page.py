@@ -329,3 +329,27 @@ def test_512_responses_of_2000_tokens_are_20_MB_and_open_in_2_seconds(make_page,
     took = min(seconds(page) for _ in range(3)) - min(seconds(empty) for _ in range(3))
     print(f"{page.stat().st_size / 1e6:.1f} MB, open after {took:.2f} s")
     assert took < 2
+
+
+# ---- around the responses ----
+
+def test_the_parts_of_a_reward_are_among_the_facts_of_a_response(make_page):
+    (group,) = page_data(make_page([make_record(**{"reward/format": 0.25, "reward/note": "ok"})]))
+    facts = group["responses"][0]["facts"]
+    assert (facts["reward/format"], facts["reward/note"]) == ("0.25", "ok")
+
+
+def test_the_page_has_the_figures_of_its_step(make_page):
+    assert "<td>reward/mean<td>0.5" in make_page([make_record()]).read_text()
+
+
+def test_pages_of_several_steps_are_linked(make_page, tmp_path):
+    make_page([make_record()])
+    for step in (4, 9):
+        (tmp_path / f"a&b/rollouts/step_{step:05d}.jsonl").write_text(
+            json.dumps(make_record(step=step)) + "\n")
+    page = make_page([], [], 3, "4", "9")
+    links = [re.findall(r'<a href="(step_\d+.html)">', page.with_name(name).read_text())
+             for name in ("step_00003.html", "step_00004.html", "step_00009.html")]
+    assert links == [["step_00004.html"], ["step_00003.html", "step_00009.html"],
+                     ["step_00004.html"]]
