@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib import import_module
@@ -21,12 +22,12 @@ from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig
 ROOT = Path(__file__).parent.parent
 FORKS = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
 LOGGED = {  # a metric of its own, or one that it changes
-    "batch_std": "actor/loss", "cispo": "actor/weight_clip_frac", "curriculum": "retired",
+    "band_pass": "groups/kept", "batch_std": "actor/loss", "cispo": "actor/weight_clip_frac", "curriculum": "retired",
     "dr_grpo": "actor/loss", "geometric_mask": "actor/geometric_mask_frac",
     "gspo": "actor/clip_frac_low", "high_entropy": "actor/high_entropy_frac",
     "icepop": "actor/icepop_mask_frac", "kl_cov": "actor/kl_cov_frac",
     "leave_one_out": "actor/loss", "one_step_ahead": "actor/mismatch_kl",
-    "router_aux_loss": "actor/router_aux_loss"}
+    "router_aux_loss": "actor/router_aux_loss", "weighted_reinforce": "actor/loss"}
 LIMITS = {"one_step_ahead": 60, "router_aux_loss": 60}  # changed lines, 40 otherwise
 
 
@@ -102,6 +103,50 @@ def test_the_table_has_a_row_for_each_fork_with_its_size():
     assert rows == [(name, name, str(len(changed_lines(name)))) for name in FORKS]
 
 
+# ---- two at once ---------------------------------------------------------------------------------
+
+# pairs that apply and yet undo each other, by hand
+CANCEL = {("batch_std", "dr_grpo"), ("batch_std", "leave_one_out"), ("cispo", "gspo"),
+          ("cispo", "kl_cov"), ("gspo", "kl_cov"), ("dr_grpo", "gspo"),
+          ("geometric_mask", "icepop")}
+
+
+def pairs_table(folder: Path) -> str:
+    """The table of pairs in forks/README.md: `yes` if the second patch applies after the first,
+    `3way` if with `git apply --3way`, `no` otherwise; `undo` for those of `CANCEL`."""
+    lines = ["| | " + " | ".join(f"`{name}`" for name in FORKS[1:]) + " |",
+             "|---" * len(FORKS) + "|"]
+
+    def git(*arguments: str) -> bool:
+        return not subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *arguments],
+                                  cwd=folder, capture_output=True, check=False).returncode
+
+    for path in subprocess.run(["git", "ls-files", "*.py", "*.yaml"], cwd=ROOT, text=True,
+                               capture_output=True, check=True).stdout.split():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    assert git("init", "-q") and git("add", "-A") and git("commit", "-q", "-m", "all")
+    for i, first in enumerate(FORKS[:-1]):
+        assert git("apply", "--index", str(ROOT / f"forks/{first}.patch"))
+        assert git("commit", "-q", "-m", first)
+        cells = [""] * i
+        for second in FORKS[i + 1:]:
+            patch = str(ROOT / f"forks/{second}.patch")
+            word = "yes" if git("apply", "--check", patch) else "no"
+            if word == "no" and git("apply", "--3way", patch):
+                word = "3way"
+            git("reset", "-q", "--hard", "HEAD")
+            cells.append("undo" if (first, second) in CANCEL else word)
+        git("reset", "-q", "--hard", "HEAD~1")
+        lines.append(f"| `{first}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_pairs_says_which_apply_together(tmp_path):
+    """`python tests/test_forks.py` writes it."""
+    assert pairs_table(tmp_path) in (ROOT / "forks/README.md").read_text()
+
+
 # ---- equations, by hand --------------------------------------------------------------------------
 
 @of_fork("gspo")
@@ -142,6 +187,28 @@ def test_leave_one_out_compares_with_the_others(fork):
     algorithm = config.load_config("config.yaml", []).algorithm
     advantages = losses.group_advantages(tensor([1, 0, 0, 0]), algorithm.norm_adv_by_std_in_grpo)
     assert advantages[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+
+
+@of_fork("weighted_reinforce")
+def test_weighted_reinforce_weighs_what_was_right_less(fork):
+    losses = import_module("losses")
+    # mean 1/4, by hand: 0.1 * 3/4, -1/4; divided by the std, 1/2
+    assert losses.group_advantages(tensor([1, 0, 0, 0]), eps=0)[0].tolist() == pytest.approx(
+        [0.15, -0.5, -0.5, -0.5])
+    assert losses.group_advantages(tensor([1, 0, 0, 0]), norm_by_std=False)[0].tolist() == (
+        pytest.approx([0.075, -0.25, -0.25, -0.25]))
+
+
+@of_fork("band_pass")
+@pytest.mark.parametrize("accs, dropped", [
+    ([1, 0, 0, 0, 0], ""), ([1, 1, 1, 1, 0], ""), ([1, 1, 1, 1, 1, 0], "not in 0.2 to 0.8"),
+    ([1, 0, 0, 0, 0, 0], "not in 0.2 to 0.8"), ([0, 0], "the same acc")])
+def test_band_pass_keeps_prompts_of_middling_accuracy(fork, accs, dropped):
+    sampling, types = import_module("sampling"), import_module("data_types")
+    scores = [types.Score(float(acc), float(acc)) for acc in accs]
+    group = types.Group(None, [], scores, [], [])
+    reason = sampling.drop_reason(group, "acc")
+    assert dropped in reason and bool(dropped) == bool(reason)
 
 
 @of_fork("batch_std")
@@ -598,6 +665,20 @@ def test_a_fork_trains_two_steps_with_the_same_command(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first, second", [
+    ("band_pass", "cispo"), ("curriculum", "gspo"), ("high_entropy", "leave_one_out"),
+    ("kl_cov", "weighted_reinforce")])
+def test_two_forks_that_apply_train_together(first, second, tmp_path):
+    copy = tmp_path / "copy"
+    apply_fork(first, copy)
+    subprocess.run(["git", "apply", str(ROOT / f"forks/{second}.patch")], cwd=copy, check=True,
+                   env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)})
+    rows = run(copy, "run")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["actor/grad_norm"] > 0
+    assert all(math.isfinite(row[LOGGED[name]]) for row in rows[1:] for name in (first, second))
+
+
+@pytest.mark.slow
 def test_retired_prompts_are_in_the_checkpoint(tmp_path):
     copy = tmp_path / "copy"
     apply_fork("curriculum", copy)
@@ -615,3 +696,11 @@ def test_retired_prompts_are_in_the_checkpoint(tmp_path):
     assert [row["prompts_drawn"] for row in parts] == [row["prompts_drawn"] for row in whole]
     assert (copy / "parts/rollouts/step_00004.jsonl").read_text() == (
         copy / "whole/rollouts/step_00004.jsonl").read_text()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        table, page = pairs_table(Path(folder)), ROOT / "forks/README.md"
+    text = re.sub(r"\| \| `batch_std`.*?\n\n", lambda match: table + "\n\n", page.read_text(),
+                  flags=re.DOTALL)
+    page.write_text(text)
