@@ -76,7 +76,7 @@ def plot_step(run_dirs: Sequence[str], step: int, out: str | Path, metrics: Sequ
     """Write the page of a step of a run, with its curves, into the file `out`."""
     if len(run_dirs) > 1:
         raise ValueError(f"--step shows a step of one run, {len(run_dirs)} are named")
-    rows = {row["step"]: row for row in read_metrics(run_dirs[0])}
+    rows = {row["step"]: row for row in read_metrics(run_dirs[0], print)}
     plot_runs(run_dirs, curves := io.BytesIO(), metrics, step)
     write_step_page(run_dirs[0], step, rows.get(step, {}), curves.getvalue(), out, neighbours)
 

@@ -248,7 +248,7 @@ def main() -> None:
         check_weight_sync(state, data.train, generate)
         prepare_run_dir(accelerator, config, progress, checkpoint)
     try:
-        with stop_on_signal(accelerator), one_line_errors():
+        with stop_on_signal(accelerator) as signals, one_line_errors():
             if not progress.counters["step"] and (before := validate(state, data.val, 0)):
                 progress.evaluations = before
                 metrics = {"step": 0, **validation_metrics(before)}
@@ -262,7 +262,7 @@ def main() -> None:
         if accelerator.is_main_process:
             print_report(config, accelerator.device, progress, time.perf_counter() - start)
         end_tracker(accelerator)
-        end_processes(accelerator, state.engine)
+        end_processes(accelerator, state.engine, signals)
     except (Exception, SystemExit) as error:  # of any kind: the policy is not lost with it
         end_after_failure(state, error)
     except KeyboardInterrupt:  # the second Ctrl-C; the first ends the run after its step

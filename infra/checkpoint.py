@@ -21,7 +21,7 @@ import sys
 import traceback
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -46,6 +46,7 @@ from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
 from infra.provenance import changed_code, code_digests, digest_file, write_code
 from infra.rollout_files import read_metrics
+from infra.safe_load import SafePlanner, SafeReader
 from infra.trackers import start_tracker
 
 # ---- the directory of a run ----------------------------------------------------------------------
@@ -53,6 +54,14 @@ from infra.trackers import start_tracker
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
     run_dir, checkpoints = Path(config.run_dir), list_checkpoints(config.run_dir)
+    for name in ("metrics.jsonl", "rollouts", "checkpoints"):
+        if (path := run_dir / name).is_symlink() and not path.resolve().is_relative_to(
+                run_dir.resolve()):
+            raise ValueError(f"run_dir: {path} is a link out of it, to where the run would write: "
+                             "put the file itself there")
+        if path.exists() and path.is_dir() == (name == "metrics.jsonl"):
+            raise ValueError(f"run_dir: {path} is {'a' if path.is_dir() else 'no'} directory: move "
+                             "it elsewhere")
     rows, (named, recorded) = metrics_so_far(run_dir), branch_origins(config)
     unused = unused_run_dir(config)
     hint = f"name another, for instance {unused}"
@@ -103,9 +112,9 @@ def branch_origins(config: SimpleNamespace) -> tuple[Path | None, Path | None]:
     return (None if config.resume in ("auto", "never") else Path(config.resume).resolve()), recorded
 
 
-def metrics_so_far(run_dir: Path) -> list[dict]:
+def metrics_so_far(run_dir: Path, log: Callable[[str], None] = lambda line: None) -> list[dict]:
     """The rows of metrics.jsonl; none if there is no such file."""
-    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    return read_metrics(run_dir, log) if (run_dir / "metrics.jsonl").exists() else []
 
 
 def lock_run_dir(accelerator: Accelerator, config: SimpleNamespace) -> FileLock:
@@ -221,10 +230,13 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
                 write_atomic(run_dir / "branch.json", json.dumps(branch, indent=1))
             elif step < 0:
                 (run_dir / "branch.json").unlink(missing_ok=True)
-            rows = [json.dumps(row) + "\n" for row in metrics_so_far(origin)
-                    if row["step"] <= step]
+            rows = {row["step"]: json.dumps(row) + "\n"
+                    for row in metrics_so_far(origin, accelerator.print) if row["step"] <= step}
+            if missing := sorted(set(range(1, step + 1)) - rows.keys()):
+                warn(accelerator, f"{origin}/metrics.jsonl lacks {len(missing)} of the steps up to "
+                     f"{step} (the first is {missing[0]}): curves will have gaps")
             if rows or (run_dir / "metrics.jsonl").exists():
-                write_atomic(run_dir / "metrics.jsonl", "".join(rows))
+                write_atomic(run_dir / "metrics.jsonl", "".join(rows.values()))
             (run_dir / "rollouts").mkdir(exist_ok=True)
             for file in (run_dir / "rollouts").glob("*.jsonl"):
                 if file.stem.startswith(("step_", "dropped_")) and _step(file) > step:
@@ -362,7 +374,9 @@ def save_checkpoint(state: TrainState, progress: Progress) -> None:
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
-    return sorted((Path(run_dir) / "checkpoints").glob("step_*"), key=_step, reverse=True)
+    found = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted((path for path in found if path.is_dir() and path.name[5:].isdigit()), key=_step,
+                  reverse=True)
 
 
 def read_metadata(path: Path) -> dict:
@@ -370,8 +384,13 @@ def read_metadata(path: Path) -> dict:
     try:
         digests = json.loads((path / "digests.json").read_text(encoding="utf-8"))
         intact = digests["progress.json"] == digest_file(path / "progress.json")
-        return json.loads((path / "progress.json").read_text("utf-8")) if intact else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((path / "progress.json").read_text("utf-8"))
+        kinds = {"config": dict, "counters": dict, "evaluations": dict, "data": str}
+        for by_set in found["evaluations"].values():
+            [Evaluation(**fields) for fields in by_set.values()]
+        return found if intact and found["counters"]["step"] >= 0 and all(
+            isinstance(found[key], kind) for key, kind in kinds.items()) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -400,8 +419,10 @@ def find_corruption(accelerator: Accelerator, path: Path) -> str:
         found = hash_files(accelerator, path, sorted(digests))
     except (OSError, ValueError) as error:
         return str(error)
-    return ", ".join(f"not what was written: {name}" for name in found
-                     if found[name] != digests[name])
+    changed = [name for name in found if found[name] != digests[name]]
+    if not changed and not read_metadata(path):
+        changed = ["progress.json"]
+    return ", ".join(f"not what was written: {name}" for name in changed)
 
 
 def hash_files(accelerator: Accelerator, folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -418,7 +439,8 @@ def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> 
           warnings.catch_warnings(action="ignore")):  # of one process without a process group
         trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
         state_dict = _state_dict(policy, optimizer, trained)
-        dcp.load(state_dict, checkpoint_id=path, no_dist=not is_sharded(accelerator))
+        dcp.load(state_dict, storage_reader=SafeReader(path), planner=SafePlanner(),
+                 no_dist=not is_sharded(accelerator))
         set_model_state_dict(policy, state_dict["policy"], options=StateDictOptions(strict=False))
         if trained:
             set_optimizer_state_dict(policy, optimizer, state_dict["optimizer"])

@@ -119,33 +119,40 @@ def iter_full_weights(policy: torch.nn.Module, tied: bool = False) -> Iterator[t
 
 
 @contextmanager
-def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
-    """Ctrl-C or SIGTERM sets the accelerator's trigger: the run ends after the current step. A
-    second Ctrl-C raises KeyboardInterrupt."""
+def stop_on_signal(accelerator: Accelerator) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (a scheduler's warning) sets the
+    accelerator's trigger: the run ends after the current step. A second Ctrl-C raises
+    KeyboardInterrupt. Gives the numbers of the signals that this process has received."""
+    received = []
     message = ("\nfinishing this step, then saving; Ctrl-C again stops at once (under `accelerate "
                f"launch`, which has returned by then: kill -INT {os.getpid()})\n").encode()
 
     def on_signal(number: int, _) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        received.append(number)
         accelerator.set_trigger()
         if accelerator.is_main_process:
             os.write(2, message)  # print is not safe in a signal handler
 
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all
     before = {number: signal.signal(number, on_signal)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in (getattr(signal, name) for name in names if hasattr(signal, name))}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def end_processes(accelerator: Accelerator, engine: Engine) -> None:
-    """End the engine and the process groups; of several processes, end this one."""
+def end_processes(accelerator: Accelerator, engine: Engine, signals: list[int]) -> None:
+    """End the engine and the process groups; of several processes, or if one has received signals
+    other than Ctrl-C, end this one, with the exit code 128 + the signal's number."""
+    code = max([128 + number for number in gather_object(signals) if number != signal.SIGINT],
+               default=0)
     accelerator.wait_for_everyone()  # gloo may deadlock if ranks exit at different times
     engine.close()  # before the process groups that it has joined are gone
     accelerator.end_training()
-    if accelerator.num_processes > 1:  # gloo's own shutdown sometimes hangs; all work is done
+    if accelerator.num_processes > 1 or code:  # gloo's own shutdown may hang; all work is done
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)

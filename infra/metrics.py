@@ -19,6 +19,7 @@ from data_types import Evaluation, Group, Progress, Sample, Stat, TrainState, Up
 from infra.config import escape_control
 from infra.distributed import warn
 from infra.memory import out_of_memory, peak_memory
+from infra.watchdog import PHASE
 from reward import mean_extra
 
 NOT_OF_TOKENS = ("approx_kl", "clip_high_prob", "mismatch_abs", "mismatch_kl",
@@ -47,9 +48,10 @@ class StepRecord:
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
         """Adds the block's seconds to a phase; ValueError with advice if it runs out of memory."""
-        start = time.perf_counter()
+        start, PHASE["now"] = time.perf_counter(), phase
         with out_of_memory(phase):
             yield
+        PHASE["now"] = "between phases"
         self.seconds[phase] += time.perf_counter() - start
 
     def add_generated(self, groups: Sequence[Group]) -> None:

@@ -1,7 +1,7 @@
 """The files of a run that tell its story: metrics.jsonl, and responses in rollouts/."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -89,15 +89,21 @@ def response_record(prompt: Prompt, response: Response, score: Score) -> dict:
             **{f"reward/{name}": value for name, value in score.extra.items()}}
 
 
-def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The complete rows of a run's metrics.jsonl; the last may be half written. Raises ValueError
-    if another is not JSON."""
-    path, rows = Path(run_dir) / "metrics.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines()
+def read_metrics(run_dir: str | Path, log: Callable[[str], None] = lambda line: None) -> list[dict]:
+    """The rows of a run's metrics.jsonl. `log` gets a warning of what cannot be read, but for the
+    last row, which may be half written."""
+    path, rows, unread = Path(run_dir) / "metrics.jsonl", [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not valid JSON: delete this line") from None
+        rest = line.strip()
+        while rest:  # several, if a line break is lost
+            try:
+                row, end = json.JSONDecoder().raw_decode(rest)
+                rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+                rest = rest[end:].lstrip()
+            except ValueError:
+                unread += [number] * (number < len(lines))
+                break
+    if unread:
+        log(f"warning: {path}: left out what cannot be read in line {', '.join(map(str, unread))}")
     return rows

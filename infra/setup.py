@@ -39,6 +39,7 @@ from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
 from infra.tokens import add_stop_tokens, stop_token_ids
+from infra.watchdog import start_watchdog
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
@@ -100,6 +101,7 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies
                                   weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    start_watchdog(accelerator, config.watchdog_seconds)
     # Accelerate's wrapper would copy the model's output to float32.
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)
     return TrainState(config, accelerator, tokenizer, policy, engine, reference, optimizer,

@@ -38,6 +38,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless pytest is given --slow")
+    config.addinivalue_line("markers", "house: guards this repository's own sizes, documents and "
+                            "forks; `-m \"not house\"` is for a fork of yours")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -113,9 +113,10 @@ def test_resuming_removes_rollouts_of_later_steps_and_no_other_file(start, saved
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_exits_0_with_the_line_that_resumes(tmp_path, start,
-                                                                             number):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 143),
+                                          (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_resume(tmp_path, start, number, code):
+    """By the exit code too: a script can tell it from a run that is finished, or has failed."""
     run_dir = tmp_path / "stopped"
     common = [*TINY, "total_training_steps=4", "save_every=0", "val.file="]
     process = subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml",
@@ -126,7 +127,7 @@ def test_a_signal_ends_the_step_saves_and_exits_0_with_the_line_that_resumes(tmp
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     assert "finishing this step" in err and not (run_dir / "model").exists()
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "train_dapo.py"], out
@@ -247,10 +248,37 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(start, saved):
     assert (saved / "metrics.jsonl").read_text() == before
 
 
-def test_metrics_that_are_damaged_are_named_with_their_line(start, saved):
-    (saved / "metrics.jsonl").write_text("{}x\n" + (saved / "metrics.jsonl").read_text())
-    with pytest.raises(SystemExit, match=r"metrics.jsonl:1: not valid JSON: delete this line"):
-        start("val.file=", "total_training_steps=3")
+@pytest.mark.parametrize("damage, kept, words", [
+    (lambda rows: ["{}x", *rows], [1, 2, 3], "left out what cannot be read in line 1"),
+    (lambda rows: [rows[0] + rows[1]], [1, 2, 3], ""),  # a lost line break
+    (lambda rows: [rows[0][:40], rows[1]], [2, 3], "lacks 1 of the steps up to 2 (the first is 1)"),
+    (lambda rows: ["\udcff[", "3", rows[1]], [2, 3], "left out what cannot be read in line 1"),
+    (None, [3], "lacks 2 of the steps up to 2 (the first is 1)")])  # it was deleted
+def test_what_is_left_of_damaged_metrics_is_kept_and_the_rest_said(start, saved, capsys, damage,
+                                                                   kept, words):
+    file = saved / "metrics.jsonl"
+    rows = file.read_text().splitlines()
+    file.unlink()
+    if damage:
+        file.write_text("\n".join(damage(rows)) + "\n", errors="surrogateescape")
+    start("val.file=", "save_every=1", "total_training_steps=3")
+    assert [row["step"] for row in metrics(saved)] == kept
+    printed = capsys.readouterr().out
+    assert (words in printed) if words else "warning" not in printed
+
+
+def test_stray_files_among_checkpoints_are_no_checkpoints(start, saved):
+    for name in ("step_notes.txt", "step_00009", "step_old"):
+        (saved / "checkpoints" / name).touch()
+    assert names(saved) == ["step_00002", "step_00001"]
+    start("val.file=", "save_every=1", "total_training_steps=3")
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_one_line(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    with pytest.raises(SystemExit, match="run_dir: .*run/checkpoints is no directory: move it"):
+        start("val.file=", "total_training_steps=1")
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_older_checkpoint_stays(tmp_path, start):

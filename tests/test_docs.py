@@ -12,6 +12,7 @@ from data_types import Task
 from infra.config import read_rules
 from infra.reward_function import load_reward_function, score_task
 
+pytestmark = pytest.mark.house
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "forks/README.md"]
 README = PAGES[0].read_text(encoding="utf-8")

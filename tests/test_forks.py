@@ -19,6 +19,7 @@ from conftest import TINY, make_group, mean_mismatch, read_rows
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoModelForCausalLM, AutoTokenizer)
 
+pytestmark = pytest.mark.house
 ROOT = Path(__file__).parent.parent
 FORKS = sorted(path.stem for path in ROOT.glob("forks/*.patch"))
 LOGGED = {  # a metric of its own, or one that it changes

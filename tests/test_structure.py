@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.house
 ROOT = Path(__file__).parent.parent
 ALGORITHM = [ROOT / f"{name}.py" for name in
              ("train_dapo", "data_types", "sampling", "rollout", "reward", "losses")]

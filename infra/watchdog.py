@@ -1,0 +1,52 @@
+"""A rank that is stopped, or whose machine is gone, ends the run: the others would wait for it in a
+collective, whose limit is hours."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from threading import Thread
+
+from accelerate import Accelerator
+from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
+
+from infra.config import tell_launcher
+
+PHASE = {"now": "start"}  # what the main thread of this process does
+
+
+def start_watchdog(accelerator: Accelerator, seconds: int,
+                   end: Callable[[int], None] = os._exit) -> None:
+    """Watch from a thread, which goes on while the main one waits. Each rank writes into the store
+    that all share once a second; rank 0 looks at the others, they at rank 0. If one has not written
+    for so many seconds (0: no matter), a line names it and this process ends; the launcher ends the
+    rest."""
+    rank, ranks = accelerator.process_index, range(accelerator.num_processes)
+    if len(ranks) == 1 or not seconds:
+        return
+    store, others = PrefixStore("watchdog", _get_default_store()), ranks[1:] if rank == 0 else [0]
+
+    def watch() -> None:
+        seen, problem = {other: (b"", time.monotonic()) for other in others}, ""
+        while not problem:
+            time.sleep(1)
+            try:
+                store.set(str(rank), f"{time.monotonic()} {PHASE['now']}")
+                for other in others:
+                    count = store.get(str(other)) if store.check([str(other)]) else b""
+                    if count != seen[other][0]:
+                        seen[other] = count, time.monotonic()
+                    elif time.monotonic() - seen[other][1] > seconds:
+                        phase = seen[other][0].decode().rpartition(" ")[2] or "start"
+                        problem = (f"rank {other} has not moved for {seconds} s, in phase {phase} "
+                                   f"(watchdog_seconds)")
+            except RuntimeError:  # the process that has the store is gone
+                problem = "the process that all ranks meet at cannot be reached"
+        message = (f"error: {problem}; rank {rank} waited for it in phase {PHASE['now']}. The same "
+                   "command resumes from the last checkpoint")
+        print(f"\n{message}", file=sys.stderr, flush=True)
+        tell_launcher(message)
+        end(1)
+
+    Thread(target=watch, daemon=True).start()
