@@ -186,3 +186,4 @@ class Progress:
     evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)  # `before` and
     # `after`, then by validation set
     identity: dict = field(default_factory=dict)  # the config, and a hash of the prompts
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.jsonl, not saved again

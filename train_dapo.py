@@ -30,6 +30,7 @@ from infra.checkpoint import (check_run_dir, end_after_failure, list_checkpoints
 from infra.config import one_line_errors, read_command_line, stop_strings
 from infra.distributed import (end_processes, is_sharded, raise_on_all_ranks, show_progress,
                                step_bar, stop_on_signal)
+from infra.health import check_health
 from infra.logprobs import (check_logprob_mismatch, check_weight_sync, compute_logprobs,
                             mismatch_stats, response_logprobs, uses_rollout_logprobs)
 from infra.memory import out_of_memory
@@ -85,6 +86,7 @@ def train(state: TrainState, data: Data, progress: Progress) -> None:
         write_step(state, record, buffer, metrics)
         check_underfilled(state, record, buffer, metrics["consecutive_skips"])
         check_logprob_mismatch(state, step, metrics.get("actor/mismatch_abs", 0.0))
+        check_health(state, progress, metrics)
         steps.set_postfix_str(progress_text(metrics, progress.evaluations), refresh=False)
         stop = accelerator.check_trigger()  # any rank has received a signal
         save_results(state, progress, checkpoint=stop)

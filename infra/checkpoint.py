@@ -44,6 +44,7 @@ from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, ra
                                warn)
 from infra.lora import full_adapters, save_adapter
 from infra.memory import out_of_memory
+from infra.metrics import best_validation
 from infra.provenance import changed_code, code_digests, digest_file, write_code
 from infra.rollout_files import read_metrics
 from infra.safe_load import SafePlanner, SafeReader
@@ -220,7 +221,8 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
             branch = {"checkpoint": str(checkpoint.resolve()), "step": step,
                       "changed": branch_changes(metadata := read_metadata(checkpoint), config),
                       "code": changed_code(metadata.get("code", {}), config)}
-    code = ""
+    code, so_far = "", metrics_so_far(origin)  # all ranks decide by it: health, the best policy
+    progress.history = [row for row in so_far if row["step"] <= step]
     with raise_on_all_ranks("run_dir"):
         if accelerator.is_main_process:
             for path in list_checkpoints(run_dir):
@@ -316,12 +318,15 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
 
 
 def save_results(state: TrainState, progress: Progress, checkpoint: bool) -> None:
-    """After a step: save the model and a checkpoint, each if it is due; a `checkpoint` anyway if
-    it is asked for. Raises OSError."""
+    """After a step: save the model, the best one and a checkpoint, each if it is due; a
+    `checkpoint` anyway if it is asked for. Raises OSError."""
     config, step = state.config, progress.counters["step"]
     last = step == config.total_training_steps
     if config.save_model_every and step % config.save_model_every == 0:
         save_model(state, f"model_step_{step:05d}")
+    best = best_validation(progress.history)
+    if config.save_best_model and best and best[0] == step:
+        save_model(state, "model_best")
     if last:  # before the last checkpoint, which says that the run is finished
         save_model(state, "model")
     if checkpoint or (config.save_every and (last or step % config.save_every == 0)):
@@ -439,7 +444,9 @@ def load_checkpoint(accelerator: Accelerator, policy, optimizer, path: Path) -> 
           warnings.catch_warnings(action="ignore")):  # of one process without a process group
         trained = read_metadata(path)["counters"]["optimizer_steps"] > 0
         state_dict = _state_dict(policy, optimizer, trained)
-        dcp.load(state_dict, storage_reader=SafeReader(path), planner=SafePlanner(),
+        reader = SafeReader(path)
+        reader.read_metadata()  # dcp would say three times what is wrong with it
+        dcp.load(state_dict, storage_reader=reader, planner=SafePlanner(),
                  no_dist=not is_sharded(accelerator))
         set_model_state_dict(policy, state_dict["policy"], options=StateDictOptions(strict=False))
         if trained:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -184,6 +185,15 @@ def actor_metrics(accelerator: Accelerator, record: StepRecord, lr: float) -> di
     return metrics | {f"actor/{name}": value for name, value in stats.items()}
 
 
+def best_validation(rows: Sequence[dict]) -> tuple[int, str, float] | None:
+    """Step, name and value of the best validation after the first step, by the first metric of the
+    first set; the earlier of equal ones. None if there is none."""
+    found = [(row[name], -row["step"], name) for row in rows if row["step"]
+             for name in [next((name for name in row if name.startswith("val/")), "")] if name]
+    value, step, name = max(found, default=(0.0, 0, ""))
+    return (-step, name, value) if found else None
+
+
 def mean(values: Iterable[float]) -> float:
     """The mean, 0 of no values."""
     values = list(values)
@@ -280,6 +290,8 @@ def print_report(config: SimpleNamespace, device: torch.device, progress: Progre
         for title, evaluation in first.items():
             for text in evaluation.examples[:4]:
                 print(f"  {title:<8}{text!r}")
+    if (best := best_validation(progress.history)) and Path(config.run_dir, "model_best").exists():
+        print(f"\nmodel_best/ is the policy after step {best[0]}: {best[1]} {best[2]:.3f}")
     models = ", model/ (merged) and adapter/" if config.model.lora_rank else " and model/"
     print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start, with "
           f"{peak_memory(device):.1f} GB of memory at most. {config.run_dir} has curves.png, "
