@@ -134,9 +134,10 @@ def stop_on_signal(accelerator: Accelerator) -> Iterator[list[int]]:
         if accelerator.is_main_process:
             os.write(2, message)  # print is not safe in a signal handler
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all
-    before = {number: signal.signal(number, on_signal)
-              for number in (getattr(signal, name) for name in names if hasattr(signal, name))}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+               if hasattr(signal, name)]  # Windows has not all
+    before = {number: signal.signal(number, on_signal) for number in numbers
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup has SIGHUP
     try:
         yield received
     finally:

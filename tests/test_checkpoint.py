@@ -159,6 +159,16 @@ def test_signal_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_signal_that_nohup_has_switched_off_stays_so(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal(Accelerator(cpu=True)) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(start):
     run_dir = start("save_every=0", "val.file=", "total_training_steps=1")
     for overrides in (["save_every=0"], ["save_every=5"], ["save_every=5", "actor.lr=0.5"]):
