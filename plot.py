@@ -48,7 +48,7 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path | io.BytesIO,
     """
     from matplotlib.figure import Figure  # takes a second to import
     from matplotlib.lines import Line2D
-    runs = {str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}
+    runs = {str(run_dir): read_metrics(run_dir, print) for run_dir in run_dirs}
     for pattern in metrics:
         if not match_metrics(runs, [pattern]):
             nearest = difflib.get_close_matches(pattern, match_metrics(runs, ["*"]), cutoff=0)
@@ -76,7 +76,7 @@ def plot_step(run_dirs: Sequence[str], step: int, out: str | Path, metrics: Sequ
     """Write the page of a step of a run, with its curves, into the file `out`."""
     if len(run_dirs) > 1:
         raise ValueError(f"--step shows a step of one run, {len(run_dirs)} are named")
-    rows = {row["step"]: row for row in read_metrics(run_dirs[0], print)}
+    rows = {row["step"]: row for row in read_metrics(run_dirs[0])}
     plot_runs(run_dirs, curves := io.BytesIO(), metrics, step)
     write_step_page(run_dirs[0], step, rows.get(step, {}), curves.getvalue(), out, neighbours)
 

@@ -28,7 +28,7 @@ COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator
 EMBEDDED_TASK = ("model.path", "data.train_file")  # the keys whose defaults are the embedded task
 
 
-class Rule(NamedTuple):
+class KeyRule(NamedTuple):
     """What config.yaml says of a key: its value as text, and the `[type]*!` of its comment."""
     default: str
     type: str
@@ -159,7 +159,7 @@ def read_nodes(path: str | Path) -> dict[str, yaml.Node]:
     return nodes
 
 
-def read_rules() -> dict[str, Rule]:
+def read_rules() -> dict[str, KeyRule]:
     """The rules of config.yaml by dotted key. Raises ValueError for a key without a type."""
     rules, lines = {}, SCHEMA.read_text(encoding="utf-8").splitlines()
     for key, node in read_nodes(SCHEMA).items():
@@ -167,7 +167,7 @@ def read_rules() -> dict[str, Rule]:
         if not bracket:
             raise ValueError(f"key {key} in config.yaml needs a comment with its [type], for "
                              "example `# [float >= 0] what it does` ([int >= 1], [a | b], ...)")
-        rules[key] = Rule(node.value, bracket[1], bool(bracket[2]), bool(bracket[3]))
+        rules[key] = KeyRule(node.value, bracket[1], bool(bracket[2]), bool(bracket[3]))
     return rules
 
 

@@ -5,7 +5,7 @@ by those that went well: in the latter the policy solves its task, so that entro
 thirtieth and few groups are kept (docs/TROUBLESHOOTING.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ ACC, TRUNCATED, LENGTH = "acc/before_filter", "response_length/truncated", "resp
 class Rule(NamedTuple):
     """What is wrong in a few words, when, the metrics to print, and what usually helps."""
     problem: str
-    holds: object  # Callable[[History], bool]
+    holds: Callable[[History], bool]
     metrics: tuple[str, ...]
     advice: str
     ruined: bool = False  # the policy does not come back by itself

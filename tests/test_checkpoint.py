@@ -280,7 +280,7 @@ def test_what_is_left_of_damaged_metrics_is_kept_and_the_rest_said(start, saved,
 def test_stray_files_among_checkpoints_are_no_checkpoints(start, saved):
     for name in ("step_notes.txt", "step_00009", "step_old"):
         (saved / "checkpoints" / name).touch()
-    assert names(saved) == ["step_00002", "step_00001"]
+    assert [path.name for path in list_checkpoints(saved)] == ["step_00002", "step_00001"]
     start("val.file=", "save_every=1", "total_training_steps=3")
 
 

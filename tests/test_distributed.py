@@ -412,7 +412,7 @@ def on_both(hosts, script):
 def read(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items()
-             if not name.startswith(("time/", "tokens_per_s/", "val/"))} for row in rows]
+             if not name.startswith(("time/", "memory/", "tokens_per_s/", "val/"))} for row in rows]
 
 
 @pytest.mark.slow

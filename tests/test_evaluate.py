@@ -145,13 +145,14 @@ def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_ea
     )
     config = SimpleNamespace(
         val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key="", every=2),
-        data=SimpleNamespace(max_response_length=96), total_training_steps=5,
+        data=SimpleNamespace(max_response_length=96), rollout=SimpleNamespace(stop="Q:"),
+        total_training_steps=5,
     )
     state = SimpleNamespace(config=config)
     found = [evaluate.validate(state, {"v": prompts({}, {}, {})}, step) for step in range(6)]
     assert [list(evaluations) for evaluations in found] == [
         ["before"], [], ["after"], [], ["after"], ["after"]]  # every second step, and the last
-    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7, 0))] * 4
+    assert calls == [([0, 1, 2], "validation", SamplingParams(1, 96, 0.5, 0.7, 0, ("Q:",)))] * 4
     first, second = found[0]["before"]["v"], found[5]["after"]["v"]
     assert first.metrics == second.metrics and first.metrics["avg@1"] == 1
     metrics = validation_metrics(found[0])

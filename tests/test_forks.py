@@ -635,7 +635,7 @@ def test_ahead_a_run_that_is_stopped_and_resumed_is_the_uninterrupted_one(tmp_pa
 
 # ---- two steps through the command line ----------------------------------------------------------
 
-TIMES = ("time/", "tokens_per_s/")
+TIMES = ("time/", "memory/", "tokens_per_s/")
 
 
 def run(copy: Path, run_dir: str, *overrides: str, script: str = "train_dapo.py",
