@@ -111,7 +111,7 @@ def test_the_readmes_speeds_are_those_of_the_results_file():
     speeds = README[README.index("## How fast"):]
     rows = re.findall(r"^\| .* \| \[`(\w+)\.py`\]\(bench/\1\.py\) \| (.*) \| [^|]* \|$", speeds,
                       re.MULTILINE)
-    assert len(rows) == 3
+    assert len(rows) == 4
     for name, measured in rows:
         section = re.search(rf"bench/{name}\.py[^\n]*\n```\n\n<!-- printed -->(.*?)<!-- end -->",
                             RESULTS, re.DOTALL).group(1)
