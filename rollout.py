@@ -139,7 +139,8 @@ def prefill(model, prompts: Sequence[list[int]], cache: DynamicCache,
     first, last = min(prompts), max(prompts)
     while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
         shared += 1
-    if shared >= 16 and all(type(layer) is GrowingLayer for layer in cache.layers):
+    plain = all(type(layer) is GrowingLayer for layer in cache.layers)
+    if plain and shared >= 16 and len(prompts) > 1:
         # A system prompt or worked examples, which all prompts begin with, are computed once.
         model(input_ids=torch.tensor([first[:shared]], device=device), logits_to_keep=1, **caching)
         cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
@@ -177,7 +178,7 @@ def decode(model, prompts: Sequence[list[int]], uniforms: Tensor, params: Sampli
     cache.reorder_cache(repeated)  # every layer has it: states are selected like keys and values
     logits = logits[repeated]  # (B, V)
     mask = torch.cat([mask.repeat_interleave(n, dim=0), mask.new_ones(size, max_tokens)], dim=1)
-    mask, lengths = mask.long(), lengths.repeat_interleave(n)  # (B, start + P + max_tokens), (B,)
+    mask, lengths = mask.long(), lengths.repeat_interleave(n)  # (B, P + max_tokens), (B,)
 
     tokens = torch.zeros(size, max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_tokens, device=device)

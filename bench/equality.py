@@ -70,7 +70,7 @@ def compare(old: Path, new: Path) -> tuple[list[str], list[str]]:
                for name, value in row.items()}
         lacking |= row.keys() ^ other.keys()
         for name in sorted(row.keys() & other.keys()):
-            if not name.startswith(("time/", "tokens_per_s/")):
+            if not name.startswith(("time/", "memory/", "tokens_per_s/")):
                 counts["values"] += 1
                 if row[name] != other[name]:
                     differences.append(f"step {row['step']}: {name} {row[name]} and {other[name]}")

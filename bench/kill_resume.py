@@ -34,7 +34,7 @@ def rows(run_dir: Path) -> list[dict]:
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [{name: value for name, value in json.loads(line).items()
-             if not name.startswith(("time/", "tokens_per_s/"))}
+             if not name.startswith(("time/", "memory/", "tokens_per_s/"))}
             for line in lines if line.endswith("\n")]
 
 

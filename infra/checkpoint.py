@@ -55,14 +55,11 @@ from infra.trackers import start_tracker
 def check_run_dir(config: SimpleNamespace) -> None:
     """Raise ValueError if `run_dir` holds results that a run with this config would not resume."""
     run_dir, checkpoints = Path(config.run_dir), list_checkpoints(config.run_dir)
-    for name in ("metrics.jsonl", "rollouts", "checkpoints"):
-        if (path := run_dir / name).is_symlink() and not path.resolve().is_relative_to(
-                run_dir.resolve()):
-            raise ValueError(f"run_dir: {path} is a link out of it, to where the run would write: "
-                             "put the file itself there")
-        if path.exists() and path.is_dir() == (name == "metrics.jsonl"):
-            raise ValueError(f"run_dir: {path} is {'a' if path.is_dir() else 'no'} directory: move "
-                             "it elsewhere")
+    if (path := run_dir / "metrics.jsonl").is_symlink():
+        raise ValueError(f"run_dir: {path} is a link, to where the run would write: put the file "
+                         "itself there")
+    if (path := run_dir / "checkpoints").exists() and not path.is_dir():
+        raise ValueError(f"run_dir: {path} is no directory: move it elsewhere")
     rows, (named, recorded) = metrics_so_far(run_dir), branch_origins(config)
     unused = unused_run_dir(config)
     hint = f"name another, for instance {unused}"
@@ -288,7 +285,8 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
     """
     accelerator, cause = state.accelerator, failure.__cause__
     one_line = isinstance(failure, SystemExit) and cause is not None
-    lost = isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
+    lost = isinstance(failure, RuntimeError) and (
+        isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure))
     message = str(failure) if one_line else f"error: {failure!r}"
     if lost:
         message = f"error: another rank has ended, or cannot be reached ({str(failure)[:200]})"

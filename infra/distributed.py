@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data_types import Engine, Sample
+from infra.watchdog import PHASE
 
 
 def map_over_ranks(accelerator: Accelerator, function: Callable[[list], Sequence], items: Sequence,
@@ -150,6 +151,7 @@ def end_processes(accelerator: Accelerator, engine: Engine, signals: list[int]) 
     other than Ctrl-C, end this one, with the exit code 128 + the signal's number."""
     code = max([128 + number for number in gather_object(signals) if number != signal.SIGINT],
                default=0)
+    PHASE["now"] = "end"
     accelerator.wait_for_everyone()  # gloo may deadlock if ranks exit at different times
     engine.close()  # before the process groups that it has joined are gone
     accelerator.end_training()

@@ -23,8 +23,9 @@ from infra.memory import out_of_memory, peak_memory
 from infra.watchdog import PHASE
 from reward import mean_extra
 
+# statistics of tokens that the page of a step leaves out: others show them, or they are rounding
 NOT_OF_TOKENS = ("approx_kl", "clip_high_prob", "mismatch_abs", "mismatch_kl",
-                 "importance_ratio_max", "importance_ratio_clip_frac")  # seen in others, or small
+                 "importance_ratio_max")
 PHASES = ("generate", "reward", "logprobs", "update", "sync")
 
 

@@ -101,7 +101,7 @@ def read_metrics(run_dir: str | Path, log: Callable[[str], None] = lambda line: 
                 row, end = json.JSONDecoder().raw_decode(rest)
                 rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
                 rest = rest[end:].lstrip()
-            except ValueError:
+            except (ValueError, RecursionError):
                 unread += [number] * (number < len(lines))
                 break
     if unread:

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from infra.config import tell_launcher
 
-PHASE = {"now": "start"}  # what the main thread of this process does
+PHASE = {"now": "start"}  # what the main thread of this process does; "end": nobody watches
 
 
 def start_watchdog(accelerator: Accelerator, seconds: int,
@@ -31,6 +31,8 @@ def start_watchdog(accelerator: Accelerator, seconds: int,
         seen, problem = {other: (b"", time.monotonic()) for other in others}, ""
         while not problem:
             time.sleep(1)
+            if PHASE["now"] == "end":  # ranks may leave one after the other
+                return
             try:
                 store.set(str(rank), f"{time.monotonic()} {PHASE['now']}")
                 for other in others:

@@ -68,6 +68,7 @@ FAMILIES = {
               "mamba_d_state": 8, "use_mamba_kernels": False},
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 4, 3, 5], [5, 7], [7, 8, 9, 5], [6] * 7]
+ALIKE = [[*range(5, 25), *prompt] for prompt in PROMPTS]  # rollouts compute their beginning once
 
 
 def save(model, tokenizer, path) -> str:
@@ -89,11 +90,11 @@ def make_family(family: str, tokenizer, path, **options) -> str:
     return save(AutoModelForCausalLM.from_config(config), tokenizer, path)
 
 
-def greedy_by_generate(model, max_tokens: int) -> list[list[int]]:
+def greedy_by_generate(model, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """What the library's own `generate` writes."""
-    longest = max(map(len, PROMPTS))
-    padding = [longest - len(prompt) for prompt in PROMPTS]
-    rows = [[0] * pad + prompt for pad, prompt in zip(padding, PROMPTS, strict=True)]
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    rows = [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
     output = model.generate(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask),
                             do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
@@ -118,12 +119,13 @@ def train_two_steps(start, monkeypatch):
 def test_a_family_trains_as_it_samples(family, tmp_path, tokenizer, make_state, train_two_steps):
     path = make_family(family, tokenizer, tmp_path / "base")
     state, prompts = make_state(f"model.path={path}")
-    groups = transformers_generate(state.policy, tokenizer, PROMPTS, [(0,)] * len(PROMPTS),
-                                   SamplingParams(1, 24, temperature=0))
-    expected = greedy_by_generate(state.policy.eval(), 24)
-    for (response,), row in zip(groups, expected, strict=True):
-        assert response.token_ids.tolist() == row[:len(response.token_ids)]
-        assert response.finish_reason == "stop" or len(response.token_ids) == 24
+    for texts in (PROMPTS, ALIKE):
+        groups = transformers_generate(state.policy, tokenizer, texts, [(0,)] * len(texts),
+                                       SamplingParams(1, 24, temperature=0))
+        expected = greedy_by_generate(state.policy.eval(), texts, 24)
+        for (response,), row in zip(groups, expected, strict=True):
+            assert response.token_ids.tolist() == row[:len(response.token_ids)]
+            assert response.finish_reason == "stop" or len(response.token_ids) == 24
 
     mini_batch = make_mini_batch(state, prompts)
     gradients = []

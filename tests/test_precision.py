@@ -71,7 +71,8 @@ def test_a_resumed_run_has_the_scale_and_is_the_same_to_the_bit(start, tmp_path,
 
     def rows(run_dir):
         return [{name: value for name, value in row.items()
-                 if not name.startswith(("time/", "memory/", "tokens_per_s/"))} for row in read_rows(run_dir)]
+                 if not name.startswith(("time/", "memory/", "tokens_per_s/"))}
+                for row in read_rows(run_dir)]
 
     whole = start(*common).rename(tmp_path / "whole")
     start(*common, "total_training_steps=1")
