@@ -391,6 +391,7 @@ def read_metadata(path: Path) -> dict:
         kinds = {"config": dict, "counters": dict, "evaluations": dict, "data": str}
         for by_set in found["evaluations"].values():
             [Evaluation(**fields) for fields in by_set.values()]
+        found = {key: kind() for key, kind in kinds.items()} | found
         return found if intact and found["counters"]["step"] >= 0 and all(
             isinstance(found[key], kind) for key, kind in kinds.items()) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -189,10 +189,11 @@ def actor_metrics(accelerator: Accelerator, record: StepRecord, lr: float) -> di
 def best_validation(rows: Sequence[dict]) -> tuple[int, str, float] | None:
     """Step, name and value of the best validation after the first step, by the first metric of the
     first set; the earlier of equal ones. None if there is none."""
-    found = [(row[name], -row["step"], name) for row in rows if row["step"]
-             for name in [next((name for name in row if name.startswith("val/")), "")] if name]
-    value, step, name = max(found, default=(0.0, 0, ""))
-    return (-step, name, value) if found else None
+    names = [name for row in rows[::-1] for name in row if name.startswith("val/")]
+    found = [(row[names[0]], -row["step"]) for row in rows if names and row["step"]
+             and names[0] in row]  # before a resume there may have been other sets, or another n
+    value, step = max(found, default=(0.0, 0))
+    return (-step, names[0], value) if found else None
 
 
 def mean(values: Iterable[float]) -> float:

@@ -96,16 +96,11 @@ def test_the_key_ends_a_run_whose_policy_is_ruined_and_no_other(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lr, latest", [("1e-2", 2), ("3e-3", 4)])
-def test_a_learning_rate_that_ruins_a_run_is_told_before_accuracy_is_lost(start, capsys, lr,
-                                                                          latest):
-    run_dir = start("data.train_batch_size=32", "rollout.n=16", "actor.ppo_mini_batch_size=32",
-                    f"actor.lr={lr}", "total_training_steps=6", "val.file=",
-                    "rollout.max_num_seqs=1024", "data.gen_batch_size=auto")
-    (first, *_) = [line for line in capsys.readouterr().out.splitlines()
-                   if "the updates are too large" in line]
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    step = int(first.split("step ")[1].split(":")[0])
-    assert step <= latest, [(row["actor/approx_kl"], row["acc/before_filter"]) for row in rows]
+def test_a_learning_rate_that_ruins_a_run_is_told_in_its_first_steps(start, capsys, lr, latest):
+    start("data.train_batch_size=32", "rollout.n=16", "actor.ppo_mini_batch_size=32", "val.file=",
+          f"actor.lr={lr}", f"total_training_steps={latest}", "rollout.max_num_seqs=1024",
+          "data.gen_batch_size=auto")
+    assert "the updates are too large (actor/approx_kl " in capsys.readouterr().out
 
 
 # ---- the best policy -----------------------------------------------------------------------------
@@ -115,6 +110,7 @@ def test_the_best_validation_is_the_first_of_the_highest_and_not_the_base_models
             {"step": 4, "val/a/avg@4": 0.7, "val/b/avg@4": 1.0}, {"step": 6, "val/a/avg@4": 0.7}]
     assert best_validation(rows) == (4, "val/a/avg@4", 0.7)
     assert best_validation(rows[:2]) is None
+    assert best_validation([*rows, {"step": 8, "val/a/avg@8": 0.1}]) == (8, "val/a/avg@8", 0.1)
 
 
 def test_the_best_policy_is_kept_and_a_resumed_run_keeps_the_same(start, tmp_path, monkeypatch):
