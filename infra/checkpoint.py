@@ -237,8 +237,8 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
             if rows or (run_dir / "metrics.jsonl").exists():
                 write_atomic(run_dir / "metrics.jsonl", "".join(rows.values()))
             (run_dir / "rollouts").mkdir(exist_ok=True)
-            for file in (run_dir / "rollouts").glob("*.jsonl"):
-                if file.stem.startswith(("step_", "dropped_")) and _step(file) > step:
+            for file in [*run_dir.glob("rollouts/*.jsonl"), *run_dir.glob("code/*.patch")]:
+                if file.stem.startswith(("step_", "dropped_", "from_step_")) and _step(file) > step:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))

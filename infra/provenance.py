@@ -12,8 +12,8 @@ from infra.config import split_list
 ROOT = Path(__file__).parent.parent
 LONGEST_DIFF = 2**20  # characters; a longer one is left out
 # whatever a user's git is told to show
-DIFF = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "diff", "--no-ext-diff",
-        "--no-color", "--binary")
+DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "-U3",
+        "--src-prefix=a/", "--dst-prefix=b/")
 
 
 def code_digests(config: SimpleNamespace) -> dict[str, str]:
@@ -37,13 +37,17 @@ def changed_code(earlier: dict[str, str], config: SimpleNamespace) -> list[str]:
             if earlier.get(name) != now.get(name)]
 
 
-def code_version() -> tuple[str, str]:
-    """The commit of this code, and its diff to that; "no repository" and "" without git."""
+def code_version(config: SimpleNamespace) -> tuple[str, str]:
+    """The commit of this code, and its diff to that, with the files that git does not know beside
+    ours and the reward functions; "no repository" and "" without git."""
+    folders = {ROOT.resolve(), ROOT.resolve() / "infra",
+               *(Path(name).resolve().parent for name in reward_files(config))}
     try:
         commit = _git("rev-parse", "HEAD").strip()
         diff = _git(*DIFF, "HEAD", "--", ".")
         for name in _git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
-            diff += _git(*DIFF, "--no-index", "--", "/dev/null", name, codes=(0, 1))
+            if (ROOT / name).resolve().parent in folders:  # not a virtual environment
+                diff += _git(*DIFF, "--no-index", "--", "/dev/null", name, codes=(0, 1))
     except (OSError, subprocess.SubprocessError):
         return "no repository", ""
     return commit, diff
@@ -52,7 +56,7 @@ def code_version() -> tuple[str, str]:
 def write_code(config: SimpleNamespace, step: int) -> str:
     """Write the file of a launch that begins with this step; returns the commit, and which files
     differ from it."""
-    folder, (commit, diff) = Path(config.run_dir, "code"), code_version()
+    folder, (commit, diff) = Path(config.run_dir, "code"), code_version(config)
     changed = re.findall(r"^diff --git a/(.*) b/", diff, re.MULTILINE)
     if len(diff) > LONGEST_DIFF:
         diff = f"the diff is left out: it has {len(diff)} characters\n"
@@ -70,7 +74,8 @@ def digest_file(path: Path) -> str:
 
 
 def _git(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
-    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, timeout=30)
+    command = ["git", "-c", "safe.directory=*", *arguments]  # in containers, another user's
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30)
     if result.returncode not in codes:
         raise subprocess.SubprocessError(result.stderr)
     return result.stdout.decode("utf-8", "surrogateescape")

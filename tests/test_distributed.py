@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -346,6 +348,40 @@ def test_ranks_that_get_their_weights_from_rank_0_start_with_empty_ones(tied, tm
         (policy, reference, shards, _), = (found for rank, *found in ranks if rank == "1")
         assert len(ranks) == 2 and all(apart == "0.0" for *_, apart in ranks)
         assert float(policy) < 0.1 and float(reference) < 0.1 and 0.4 < float(shards) < 1
+
+
+@pytest.mark.slow
+def test_what_a_launcher_prints_last_has_our_error_line(tmp_path):
+    """With one process, and the launcher told to be quiet, it is the last line; with several, the
+    launcher's report ends with it."""
+    train = ["train_dapo.py", "--config", "config.yaml", f"run_dir={tmp_path}", "rollout.n=1.5"]
+    for options in (["--quiet"], ["--multi_gpu", "--num_processes", "2"]):
+        result = subprocess.run([*LAUNCH, *options, *train], cwd=ROOT, stderr=subprocess.PIPE,
+                                text=True, timeout=100)
+        last = result.stderr.rstrip().rstrip("=").rstrip().splitlines()[-1]
+        ours = last.removeprefix("  traceback : ")
+        assert result.returncode == 1 and ours.startswith("error: command line: config key rollout.n")
+        assert "Traceback" not in result.stderr or options != ["--quiet"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_in_a_report_that_says_how_to_resume(tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    with open(log, "w") as opened:
+        process = subprocess.Popen(
+            [*LAUNCH, "--multi_gpu", "--num_processes", "2", "train_dapo.py", "--config",
+             "config.yaml", *TINY, f"run_dir={run_dir}", "total_training_steps=5000",
+             "save_every=1", "val.file="], cwd=ROOT, stderr=opened, stdout=opened)
+        while not list(run_dir.glob("checkpoints/step_*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                  text=True, check=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(timeout=120) == 1
+    report = log.read_text().partition("train_dapo.py FAILED")[2]
+    assert re.search("traceback : error: another rank has ended, or cannot be reached .* is "
+                     "intact: the same command resumes from it", report)
 
 
 @pytest.mark.slow

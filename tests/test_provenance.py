@@ -38,15 +38,20 @@ def config_of(tmp_path, *overrides: str):
     return load_config("config.yaml", [f"run_dir={tmp_path / 'run'}", *overrides])
 
 
-def test_the_file_of_a_launch_restores_the_code_from_its_commit(repository, tmp_path):
+def test_the_file_of_a_launch_restores_the_code_from_its_commit(repository, tmp_path,
+                                                                    monkeypatch):
     """With its changes in tracked files and new ones, whatever git is told to show."""
-    git(repository, "config", "diff.noprefix", "true")
-    git(repository, "config", "color.ui", "always")
-    (repository / "losses.py").write_text("a line that is not UTF-8: \udcff\n", "utf-8",
-                                          "surrogateescape")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in many containers
+    for key, value in {"diff.noprefix": "true", "color.ui": "always", "diff.context": "0",
+                       "diff.mnemonicPrefix": "true", "diff.own.textconv": "wc"}.items():
+        git(repository, "-c", "safe.directory=*", "config", key, value)
+    (repository / ".git/info/attributes").write_text("*.py diff=own\n")
+    (repository / "losses.py").write_text("# losses.py\n" * 5 + "not UTF-8: \udcff\n"
+                                          + "# losses.py\n" * 4, "utf-8", "surrogateescape")
     (repository / "infra/new.py").write_text("new = 1")
     version = provenance.write_code(config_of(tmp_path), 7)
     file = tmp_path / "run/code/from_step_00007.patch"
+    monkeypatch.delenv("GIT_TEST_ASSUME_DIFFERENT_OWNER")
     commit = git(repository, "rev-parse", "HEAD")
     assert version == f"commit {commit}, with changes in losses.py, infra/new.py"
     assert file.read_bytes().startswith(f"commit {commit}\n".encode())
@@ -55,6 +60,16 @@ def test_the_file_of_a_launch_restores_the_code_from_its_commit(repository, tmp_
     git(other, "apply", str(file))
     for name in ("losses.py", "infra/new.py", "infra/setup.py"):
         assert (other / name).read_bytes() == (repository / name).read_bytes()
+
+
+def test_new_files_count_beside_ours_and_the_reward_functions_only(repository, tmp_path):
+    """Not the thousands of a virtual environment in the repository."""
+    for name in ("env/module.py", "rewards/own.py", "rewards/helper.py", "new.py"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("new = 1\n")
+    config = config_of(tmp_path, f"reward.name={repository}/rewards/own.py:score")
+    assert provenance.write_code(config, 1).endswith(
+        "with changes in new.py, rewards/helper.py, rewards/own.py")
 
 
 def test_a_long_diff_is_left_out_and_no_repository_is_said(repository, tmp_path, monkeypatch):
@@ -101,6 +116,15 @@ def test_a_run_resumes_with_other_code_only_if_it_is_told_to(start, tmp_path, ca
     assert [path.name for path in sorted((run_dir / "code").iterdir())] == [
         f"from_step_0000{step}.patch" for step in (1, 2, 3)]
     assert f"  {file}\n" in (run_dir / "code/from_step_00002.patch").read_text()
+
+
+def test_steps_that_are_trained_again_lose_the_code_of_before(start):
+    """As their responses: here a later launch, whose checkpoints are damaged, was of other code."""
+    run_dir = start(*STEPS, "total_training_steps=1")
+    (run_dir / "code/from_step_00009.patch").touch()
+    start(*STEPS, "total_training_steps=2")
+    assert sorted(path.name for path in (run_dir / "code").iterdir()) == [
+        "from_step_00001.patch", "from_step_00002.patch"]
 
 
 def test_a_branch_may_have_other_code_and_says_which(start, tmp_path):
