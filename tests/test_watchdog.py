@@ -32,12 +32,13 @@ def rank_of(rank: int, world: int = 2):
 def test_a_rank_that_is_silent_is_named_and_the_process_ends(store, capsys, watching, silent):
     ended = Event()
     start_watchdog(rank_of(watching, 3), 2, end=lambda code: ended.set())
-    alive, codes = dist.PrefixStore("watchdog", store), []
-    for second in range(20):
+    alive = dist.PrefixStore("watchdog", store)
+    for beat in range(200):  # on a busy machine it may take longer
         for rank in {0, 1, 2} - {watching, silent}:
-            alive.set(str(rank), f"{second} update")
-        codes.append(ended.wait(0.3))
-    assert ended.is_set() and not any(codes[:5])
+            alive.set(str(rank), f"{beat} update")
+        if ended.wait(0.3):
+            break
+    assert ended.is_set() and beat >= 5
     line = capsys.readouterr().err.strip()
     assert re.fullmatch(f"error: rank {silent} has not moved for 2 s, in phase start "
                         rf"\(watchdog_seconds\); rank {watching} waited for it in phase .*\. The "
@@ -47,8 +48,8 @@ def test_a_rank_that_is_silent_is_named_and_the_process_ends(store, capsys, watc
 def test_ranks_that_are_alive_watch_each_other_for_ever(store):
     ended = Event()
     for rank in range(3):
-        start_watchdog(rank_of(rank, 3), 2, end=lambda code: ended.set())
-    assert not ended.wait(5)
+        start_watchdog(rank_of(rank, 3), 10, end=lambda code: ended.set())
+    assert not ended.wait(13)
 
 
 @pytest.mark.slow
