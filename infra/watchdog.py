@@ -22,7 +22,7 @@ def start_watchdog(accelerator: Accelerator, seconds: int,
     that all share once a second; rank 0 looks at the others, they at rank 0. If one has not written
     for so many seconds (0: no matter), a line names it and this process ends; the launcher ends the
     rest."""
-    rank, ranks = accelerator.process_index, range(accelerator.num_processes)
+    PHASE["now"], rank, ranks = "start", accelerator.process_index, range(accelerator.num_processes)
     if len(ranks) == 1 or not seconds:
         return
     store, others = PrefixStore("watchdog", _get_default_store()), ranks[1:] if rank == 0 else [0]
