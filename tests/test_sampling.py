@@ -129,9 +129,8 @@ def test_a_rule_of_ones_own_is_quoted_wherever_the_filter_is_described(monkeypat
     assert [keep_group(group, filtering) for group in groups] == [False, True, False, False]
     assert [drop_reason(group, "acc") for group in groups[:3]] == [
         "its mean acc is above 0.6", "", "all of its responses have the same acc"]
-    assert describe_filter(filtering).endswith(
-        "no accuracy), or if its mean accuracy (score, if the reward function returns no accuracy) "
-        "is above 0.6")
+    assert describe_filter(filtering).endswith(  # a fork may have rules before this one
+        ", or if its mean accuracy (score, if the reward function returns no accuracy) is above 0.6")
     assert message([1, 1, 1, 0], [1, 1, 0, 1], [0, 0], kept=[[1, 0]]).endswith(
         ": in 2 groups its mean acc is above 0.6: use other prompts, or change sampling.DROP_RULES")
 
