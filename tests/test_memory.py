@@ -290,7 +290,8 @@ train_dapo.main()
                "save_every=1", "total_training_steps=50"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
                             timeout=150)
-    (line,) = re.findall(r"error: out of memory.*", result.stderr)
+    line, *again = re.findall(r"error: out of memory.*", result.stderr)
+    assert set(again) == {line}  # in the launcher's report
     (path,) = list_checkpoints(run_dir)[:1]
     assert result.returncode and "phase update" in line and "(rank 1)" in line
     assert f"{path} is intact" in line

@@ -217,7 +217,8 @@ def test_a_weight_that_the_sync_does_not_find_is_named(change, message, vllm_sta
 def without_times(row):
     """Nor what is of responses with log-probs only, of which each engine has others."""
     return {name: row[name] for name in row
-            if not any(part in name for part in ("time", "per_s", "mismatch", "importance_ratio"))}
+            if not any(part in name for part in ("time", "memory/", "per_s", "mismatch",
+                                                 "importance_ratio"))}
 
 
 def test_processes_and_restarts_change_nothing(alone, tmp_path):
