@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
 
 from harness import make_state, train
 
@@ -45,7 +46,8 @@ def simulate(size: int, shares: list[float], seed: int = 0) -> tuple[float, floa
         return scores
 
     counter = iter(range(10**9))
-    accelerator = SimpleNamespace(is_main_process=False, scaler=None, check_trigger=lambda: False)
+    accelerator = SimpleNamespace(is_main_process=False, scaler=None, device=torch.device("cpu"),
+                                  check_trigger=lambda: False)
     state = SimpleNamespace(config=config, accelerator=accelerator, engine=mock.MagicMock(),
                             optimizer=mock.MagicMock())
     with mock.patch.multiple(train_dapo, generate=generate, score_responses=score_responses,
