@@ -11,4 +11,4 @@ import os
 GC_THRESHOLD = gc.get_threshold()
 gc.set_threshold(100_000)  # collecting takes a sixth of the imports' time; `setup` puts it back
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")

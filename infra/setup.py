@@ -123,8 +123,10 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     if config.log_with and not accelerator.log_with:
         raise ValueError(f"log_with: {config.log_with} is not installed: "
                          f"pip install {config.log_with}")
-    # The launcher sets one; on GPU machines too, the optimizer may be on the CPU (offload).
-    torch.set_num_threads(cpus_per_process(accelerator))
+    # A launcher's default is one; on GPU machines too, the optimizer may be on the CPU (offload).
+    launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if os.environ.get("OMP_NUM_THREADS", "") in (("", "1") if launched else ("",)):
+        torch.set_num_threads(cpus_per_process(accelerator))
     if on_cpu:
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each length: decoding is 10x slower

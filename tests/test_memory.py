@@ -320,8 +320,20 @@ def test_the_memory_of_a_freed_tensor_is_kept_for_the_next_one():
     assert kept < 2000 and returned > 60_000
 
 
-def test_a_gpu_machine_too_has_all_its_cores_for_what_is_on_the_cpu(monkeypatch):
-    """The optimizer with fsdp_offload_params: the launcher sets OMP_NUM_THREADS=1."""
+@pytest.mark.parametrize("launcher, chosen, expected", [
+    ("TORCHELASTIC_RUN_ID", "1", 3), ("ACCELERATE_DYNAMO_BACKEND", "1", 3), (None, None, 3),
+    (None, "1", 2), ("TORCHELASTIC_RUN_ID", "4", 2)])
+def test_each_process_has_its_share_of_the_cores_unless_the_user_says_otherwise(
+        monkeypatch, launcher, chosen, expected):
+    """A launcher sets OMP_NUM_THREADS=1 by default, which would slow an optimizer on the CPU
+    (fsdp_offload_params); two runs side by side, each told to use one core, would slow each other.
+    """
+    for name, value in (("TORCHELASTIC_RUN_ID", None), ("ACCELERATE_DYNAMO_BACKEND", None),
+                        ("OMP_NUM_THREADS", chosen), (launcher, "x")):
+        if name and value:
+            monkeypatch.setenv(name, value)
+        elif name:
+            monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     accelerator = Accelerator(cpu=True)
@@ -329,8 +341,8 @@ def test_a_gpu_machine_too_has_all_its_cores_for_what_is_on_the_cpu(monkeypatch)
     monkeypatch.setattr(infra.setup, "Accelerator", lambda **_: accelerator)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         infra.setup.start_processes(load_config("config.yaml"))
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(threads)
