@@ -329,7 +329,7 @@ def test_each_process_has_its_share_of_the_cores_unless_the_user_says_otherwise(
     (fsdp_offload_params); two runs side by side, each told to use one core, would slow each other.
     """
     for name, value in (("TORCHELASTIC_RUN_ID", None), ("ACCELERATE_DYNAMO_BACKEND", None),
-                        ("OMP_NUM_THREADS", chosen), (launcher, "x")):
+                        ("OMP_NUM_THREADS", chosen), (launcher, "no")):
         if name and value:
             monkeypatch.setenv(name, value)
         elif name:
