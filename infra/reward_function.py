@@ -11,7 +11,6 @@ function is awaited. Its imports find files beside it first, this repository's l
 
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
@@ -27,6 +26,7 @@ from reward import score_math, score_math_strict_box
 BUILT_IN = {"math": score_math, "math_strict_box": score_math_strict_box,
             "math_verify": score_math_verify}
 signature_of = lru_cache(inspect.signature)
+LARGEST = 1e9  # a score: one of 1e300 would end in a gradient that is not finite
 OURS = Path(__file__).resolve().parent.parent
 
 
@@ -162,7 +162,7 @@ def to_score(value) -> Score:
     """A number, a dict with `score`, or a `Score`, as a `Score` of plain numbers.
 
     `acc` stays None if it is not stated: a positive score need not mean a right answer. Raises
-    ValueError for anything else, and for numbers that are not finite.
+    ValueError for anything else, and for numbers that advantages would overflow with.
     """
     if isinstance(value, Score):
         value = value.extra | {"score": value.score, "acc": value.acc, "pred": value.pred}
@@ -177,6 +177,7 @@ def to_score(value) -> Score:
                          "`score`, or a Score is expected (a list only if its first argument is "
                          "called `responses`: it then gets all responses of a prompt)") from None
     for name, number in {"score": score, "acc": acc, **extra}.items():
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"the reward function returned {name}={number}")
+        if isinstance(number, float) and not abs(number) <= LARGEST:  # nan is not
+            raise ValueError(f"the reward function returned {name}={number}: a finite number of at "
+                             f"most {LARGEST:g} is expected")
     return Score(acc, score, "" if pred is None else str(pred), extra)

@@ -139,3 +139,12 @@ def test_nothing_of_the_workshop_is_left(word):
 
 def test_the_readme_is_short():
     assert len(README.split()) <= 1750
+
+
+def test_the_lock_file_has_the_same_versions_and_a_digest_of_everything():
+    """It is made by the command at its head."""
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        assert line.startswith("#") or f"\n{line} \\\n    --hash=sha256:" in lock, line
+    entries = re.split(r"\n(?=[a-z])", lock)[1:]
+    assert len(entries) > 50 and all("==" in entry and "--hash=" in entry for entry in entries)
