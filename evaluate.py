@@ -5,7 +5,8 @@ hub name on the validation data of a config. It prints a table, and saves metric
 responses.jsonl in a new directory under `<run_dir>/evaluate/`.
 
 With k = `val.n` responses to each prompt, avg@k is the mean accuracy, pass@k the share of prompts
-with a correct response, maj@k the share whose most frequent answer is correct. If the reward
+with a correct response, maj@k the share whose most frequent answer is correct; pass@j with j = 2,
+4, 8, ... below k is estimated from the k without bias (arXiv 2107.03374, equation 1). If the reward
 function states no accuracy: score@k is the mean score, best@k the mean of each prompt's best score.
 """
 
@@ -16,12 +17,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime
+from math import comb
 from pathlib import Path
 from statistics import fmean
 
 from data_types import Evaluation, Prompt, Response, SamplingParams, Score, TrainState
-from infra.config import (flatten, one_line_errors, read_command_line, split_list,
-                          stop_strings)
+from infra.config import (flatten, one_line_errors, read_command_line, split_list, stop_strings,
+                          value_of_set)
 from infra.data import find_column
 from infra.distributed import raise_on_all_ranks
 from infra.memory import out_of_memory
@@ -41,21 +43,23 @@ def validate(state: TrainState, val: dict[str, list[Prompt]],
     if not val or not (step in (0, last) or (every and step % every == 0)):
         return {}
     evaluations = {}
-    for name, prompts in val.items():
+    for i, (name, prompts) in enumerate(val.items()):
         start = time.perf_counter()
-        responses, scores = sample_and_score(state, prompts)
+        responses, scores = sample_and_score(state, prompts, i)
         evaluations[name] = replace(
             evaluate(prompts, responses, scores, state.config.val.level_key),
             seconds=time.perf_counter() - start)
     return {"after" if step else "before": evaluations}
 
 
-def sample_and_score(state: TrainState,
-                     prompts: Sequence[Prompt]) -> tuple[list[list[Response]], list[list[Score]]]:
-    """`val.n` responses to each prompt, and their scores."""
-    val, max_tokens = state.config.val, state.config.data.max_response_length
-    params = SamplingParams(val.n, max_tokens, val.temperature, val.top_p, logprobs=0,
-                            stop=stop_strings(state.config.rollout.stop))
+def sample_and_score(state: TrainState, prompts: Sequence[Prompt],
+                     i: int) -> tuple[list[list[Response]], list[list[Score]]]:
+    """`val.n` responses to each prompt of validation set `i`, and their scores."""
+    val = state.config.val
+    n, max_tokens, temperature, top_p = (value_of_set(value, i) for value in (
+        val.n, val.max_response_length, val.temperature, val.top_p))
+    params = SamplingParams(n, max_tokens or state.config.data.max_response_length, temperature,
+                            top_p, logprobs=0, stop=stop_strings(state.config.rollout.stop))
     prompts = [replace(prompt, position=i) for i, prompt in enumerate(prompts)]
     responses = generate(state, prompts, params, "validation", "validation")
     return responses, score_responses(state, prompts, responses, "validation")
@@ -94,7 +98,12 @@ def prompt_metrics(scores: Sequence[Score], has_accuracy: bool,
         values = [score.score for score in scores]
         return {f"score@{k}": fmean(values), f"best@{k}": max(values)}
     accs = [score.acc or 0.0 for score in scores]
-    metrics = {f"avg@{k}": fmean(accs), f"pass@{k}": max(accs)}
+    metrics = {f"avg@{k}": fmean(accs)}
+    if set(accs) <= {0.0, 1.0}:
+        wrong = accs.count(0.0)
+        metrics |= {f"pass@{2**i}": 1 - comb(wrong, 2**i) / comb(k, 2**i)
+                    for i in range(1, (k - 1).bit_length())}
+    metrics[f"pass@{k}"] = max(accs)
     if has_answers:  # the first of equally frequent ones wins; no answer is no vote
         votes = Counter(score.pred for score in scores if score.pred)
         winner = max(votes, key=votes.get, default=None)
@@ -117,8 +126,8 @@ def main() -> None:
             if is_main:
                 out.mkdir(parents=True)  # fails if it exists: nothing is overwritten
         sync_weights(state)
-        for name, prompts in data.val.items():
-            responses, scores = sample_and_score(state, prompts)
+        for i, (name, prompts) in enumerate(data.val.items()):
+            responses, scores = sample_and_score(state, prompts, i)
             evaluations[name] = evaluate(prompts, responses, scores, config.val.level_key)
             for prompt, *group in zip(prompts, responses, scores, strict=True):
                 records += [{"set": name, "id": prompt.id, **response_record(prompt, *pair)}

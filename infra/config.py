@@ -187,6 +187,17 @@ def embedded_task_warning(path: str | Path, overrides: Sequence[str] = ()) -> st
             f"{', '.join(kept)}: set them too (config.yaml names the paper's values)")
 
 
+def value_of_set(value: float | str, i: int) -> int | float:
+    """The value for validation set `i` of a key that may have one for each."""
+    return json.loads(value.split(",")[i]) if isinstance(value, str) else value
+
+
+def longest_response(config: SimpleNamespace) -> int:
+    """Tokens of the longest response, in training or validation."""
+    lengths = str(config.val.max_response_length).split(",")
+    return max(config.data.max_response_length, *map(int, lengths))
+
+
 def flatten(config: SimpleNamespace) -> dict:
     """The values of a config by dotted key: `actor.lr` -> 1e-6."""
     flat = {}
@@ -210,10 +221,14 @@ def config_diff(earlier: dict, config: SimpleNamespace, every_key: bool = False)
 
 
 def parse_value(location: str, text: str, type: str) -> bool | int | float | str:
-    """`text` as `type` asks for: `int >= 1`, `bool`, `str`, `a | b`, `a | int`.
+    """`text` as `type` asks for: `int >= 1`, `bool`, `str`, `a | b`, `a | int`, `int, ...`: one for
+    each of val.file, separated by commas, which stay a text if there are several.
 
     Raises ValueError, which begins with `location`.
     """
+    if type.endswith(", ...") and len(parts := split_list(text)) > 1:
+        return ",".join(str(parse_value(location, part, type[:-5])) for part in parts)
+    type = type.removesuffix(", ...")
     for option in type.split(" | "):
         kind, *bounds = option.split()
         if kind == "str" or text == option:
@@ -251,6 +266,10 @@ def check_config(config: SimpleNamespace) -> None:
     except ValueError:
         weights = []
     stop_strings(rollout.stop)
+    sets = len(split_list(config.val.file))
+    unequal = [f"val.{key}={value}" for key, value in vars(config.val).items() if key in (
+        "n", "temperature", "top_p", "max_response_length") and isinstance(value, str)
+               and len(value.split(",")) != sets]
     urls = [re.fullmatch(r"https?://[^/,\s]+", url) for url in rollout.server_urls.split(",")]
     for is_wrong, problem in [
         (buffer.enable and buffer.len > data.max_response_length,
@@ -274,6 +293,7 @@ def check_config(config: SimpleNamespace) -> None:
         (not weights or len(weights) != len(names) or not all(map(math.isfinite, weights)),
          f"reward.weights={config.reward.weights!r}: a number for each of the {len(names)} of "
          "reward.name is expected, separated by commas"),
+        (unequal, f"{', '.join(unequal)}: one value, or one for each of the {sets} of val.file"),
         (rollout.correction != "off" and actor.old_logprobs == "rollout",
          "rollout.correction compares the trainer's old log-probs with the sampler's: it needs "
          "actor.old_logprobs=recompute"),

@@ -260,7 +260,9 @@ def format_tables(evaluations: dict[str, dict[str, Evaluation]]) -> str:
     columns for each title (before, after; or the name of a model)."""
     lines = []
     for name, first in next(iter(evaluations.values()), {}).items():
-        columns = [column for column in first.metrics if "/" not in column]
+        estimated = [column for column in first.metrics if column.startswith("pass@")][:-1]
+        columns = [column for column in first.metrics
+                   if "/" not in column and column not in estimated]
         head = "".join(f"{column.replace('response_length', 'length'):>9}" for column in columns)
         titles = [f"{title:<{len(head)}}" for title in evaluations]
         rows = [[" " * 12, *titles], [" " * 12, *[head] * len(titles)]]

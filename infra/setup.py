@@ -30,7 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 import infra
 from data_types import Data, Engine, TrainState
 from infra.checks import check_start
-from infra.config import compute_dtype, one_line_errors, split_list
+from infra.config import compute_dtype, longest_response, one_line_errors, split_list
 from infra.data import load_data
 from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.lora import BasePolicy, add_adapters
@@ -220,13 +220,13 @@ def load_model(config: SimpleNamespace, empty: bool = False) -> torch.nn.Module:
     for name, value in model_config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(model_config, name, 0.0)
-    longest = config.data.max_prompt_length + config.data.max_response_length
+    longest = config.data.max_prompt_length + longest_response(config)
     positions = getattr(model_config, "max_position_embeddings", longest)
     rope = getattr(model_config, "rope_parameters", None) or {}  # scaled ones reach further
     unscaled = rope.get("original_max_position_embeddings", positions)
     positions = max(positions, int(rope.get("factor", 1) * unscaled))
     if longest > positions:
-        raise ValueError(f"data.max_prompt_length + data.max_response_length = {longest} tokens, "
+        raise ValueError(f"data.max_prompt_length + the longest response = {longest} tokens, "
                          f"but {path} has {positions} positions")
     settings = {"dtype": getattr(torch, config.model.dtype),
                 "attn_implementation": named_attention(config)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from data_types import Engine, Response, SamplingParams
-from infra.config import compute_dtype
+from infra.config import compute_dtype, longest_response
 from infra.distributed import iter_full_weights
 from infra.tokens import make_responses
 
@@ -35,7 +35,7 @@ def vllm_engine(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM  # reads the environment when it is imported
     rollout = config.rollout
-    max_len = config.data.max_prompt_length + config.data.max_response_length
+    max_len = config.data.max_prompt_length + longest_response(config)
     options = {"enable_sleep_mode": True, "enable_prefix_caching": True,
                "gpu_memory_utilization": rollout.gpu_memory_utilization}
     on_cpu = accelerator.device.type == "cpu"

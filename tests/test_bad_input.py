@@ -103,7 +103,7 @@ def write_reward(tmp_path, body):
         (["log_with=wandb"], "error: log_with: wandb is not installed: pip install wandb"),
         (
             ["data.max_response_length=500"],
-            "error: data.max_prompt_length . data.max_response_length = 564 tokens, but toy/base has 256",
+            "error: data.max_prompt_length . the longest response = 564 tokens, but toy/base has 256",
         ),
         (
             ["rollout.tensor_parallel_size=2"],

@@ -1,5 +1,6 @@
 """What a validation set's metrics are, how tables show them, and what evaluate.py leaves behind."""
 
+import itertools
 import json
 import sys
 from contextlib import nullcontext
@@ -42,11 +43,25 @@ def test_metrics_are_those_worked_out_by_hand():
     metrics = evaluate.evaluate(prompts({}, {}), responses, scores).metrics
     assert metrics == {
         "avg@5": pytest.approx(0.2),
+        "pass@2": pytest.approx(0.35),  # of the first prompt 1 - C(3, 2) / C(5, 2) = 0.7
+        "pass@4": 0.5,  # 4 of its 5 responses contain a right one
         "pass@5": 0.5,
         "maj@5": 0.0,
         "response_length": 6.5,
     }
     assert evaluation_of([RIGHT, WRONG, RIGHT], [WRONG] * 3).metrics["maj@3"] == 0.5
+
+
+def test_pass_at_j_is_the_mean_over_all_choices_of_j_responses():
+    accs = [1, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    found = prompt_metrics([Score(float(acc), acc) for acc in accs], True, has_answers=False)
+    for j in (2, 4, 8):
+        chosen = [max(some) for some in itertools.combinations(accs, j)]
+        assert found[f"pass@{j}"] == pytest.approx(sum(chosen) / len(chosen))
+    assert [name for name in found if name.startswith("pass@")] == [
+        "pass@2", "pass@4", "pass@8", "pass@10"]
+    half = prompt_metrics([Score(0.5, 0.5)] * 4, True, has_answers=False)  # no right or wrong
+    assert half == {"avg@4": 0.5, "pass@4": 0.5}
 
 
 def test_the_first_of_equally_frequent_answers_wins_and_no_answer_is_no_vote():
@@ -144,7 +159,8 @@ def test_validation_samples_with_its_own_settings_and_the_same_random_numbers_ea
         evaluate, "score_responses", lambda state, prompts, *_: [[RIGHT]] * len(prompts)
     )
     config = SimpleNamespace(
-        val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, level_key="", every=2),
+        val=SimpleNamespace(n=1, temperature=0.5, top_p=0.7, max_response_length=0, level_key="",
+                            every=2),
         data=SimpleNamespace(max_response_length=96), rollout=SimpleNamespace(stop="Q:"),
         total_training_steps=5,
     )

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import evaluate
 import train_dapo
 from data_types import Sample, SamplingParams, Score, Stat, Update
 from evaluate import validate
 from infra.batching import collate, make_batch, micro_batches
-from infra.config import load_config
+from infra.config import load_config, longest_response
 from infra.logprobs import response_logprobs
 from infra.metrics import StepRecord, actor_metrics
 from infra.packing import packing_kind
@@ -897,6 +898,28 @@ def test_each_validation_set_has_metrics_and_a_table_of_its_own(start, tmp_path,
     assert re.search("^val\n.*before.*^easy\n.*before", capsys.readouterr().out, re.M | re.DOTALL)
     start(*options, "total_training_steps=2")
     assert re.search("easy\n +before +after", capsys.readouterr().out)
+
+
+def test_each_validation_set_may_be_sampled_in_its_own_way(start, tmp_path, monkeypatch):
+    """And the run's own config.yaml, in which these values stand, is a config again."""
+    (tmp_path / "easy.jsonl").write_text('{"problem": "a1 b+2?", "answer": 3}\n')
+    asked, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda state, prompts, params, *rest: (
+        asked.append((len(prompts), *params[:4])) or generate(state, prompts, params, *rest)))
+    options = [f"val.file=toy/val.jsonl,{tmp_path / 'easy.jsonl'}", "val.n=2, 3",
+               "val.temperature=0.5,0", "val.max_response_length=0,30"]
+    run_dir = start(*options, "total_training_steps=1")
+    assert asked[:2] == [(6, 2, 96, 0.5, 1.0), (1, 3, 30, 0.0, 1.0)]
+    assert {"val/val/avg@2", "val/easy/avg@3", "val/easy/pass@2"} <= read_rows(run_dir)[0].keys()
+    again = load_config(run_dir / "config.yaml")
+    assert (again.val.n, again.val.top_p, longest_response(again)) == ("2,3", 1.0, 96)
+    for wrong, problem in (("val.n=2,3,4", "val.n=2,3,4: one value, or one for each of the 2"),
+                           ("val.n=2,x", "'x' is not int >= 1")):
+        with pytest.raises(ValueError, match=problem):
+            load_config("config.yaml", [*options, wrong])
+    longer = load_config("config.yaml", ["val.max_response_length=300"])
+    with pytest.raises(ValueError, match="the longest response = 364 tokens, but .* has 256 pos"):
+        load_model(longer)
 
 
 def test_several_training_files_are_one_and_a_resumed_run_draws_on(start, tmp_path):
