@@ -322,8 +322,8 @@ def save_results(state: TrainState, progress: Progress, checkpoint: bool) -> Non
     last = step == config.total_training_steps
     if config.save_model_every and step % config.save_model_every == 0:
         save_model(state, f"model_step_{step:05d}")
-    best = best_validation(progress.history)
-    if config.save_best_model and best and best[0] == step:
+    validated = any(name.startswith("val/") for name in progress.history[-1])
+    if config.save_best_model and validated and best_validation(progress.history)[0] == step:
         save_model(state, "model_best")
     if last:  # before the last checkpoint, which says that the run is finished
         save_model(state, "model")

@@ -13,12 +13,14 @@ from data_types import Progress, TrainState
 from infra.distributed import warn
 
 QUIET = 10  # steps before a rule warns again
+WINDOW = 200  # the newest steps, which rules look at besides the first three
 
 
 class History:
     """The metrics of the steps so far, the last of them now."""
     def __init__(self, rows: Sequence[dict]) -> None:
-        self.rows = [row for row in rows if "groups/kept" in row]  # steps, not validations
+        rows = [row for row in rows if "groups/kept" in row]  # steps, not validations
+        self.rows = [*rows[:3], *rows[3:][-WINDOW:]]
 
     def now(self, name: str, default: float = 0.0) -> float:
         """The value of the last step."""
