@@ -75,7 +75,8 @@ RUINED = [
     Case("learning rate 3e-3", ("actor.lr=3e-3",), (TOO_LARGE,)),
     Case("learning rate 1e-3", ("actor.lr=1e-3",), (
         TOO_LARGE, "a gradient is far larger than those before")),
-    Case("reward for length", ("reward.name={out}/rewards.py:length",), (HACKED,)),
+    Case("reward for length", ("reward.name={out}/rewards.py:length",), (
+        HACKED, "responses run into the limit")),
     Case("reward for length, no overlong penalty",
          ("reward.name={out}/rewards.py:length", "overlong_buffer.enable=false"),
          (HACKED, "responses run into the limit")),
@@ -198,7 +199,8 @@ def main() -> None:
         lost, (step, text) = lost_at(run_dir), min(found, default=(None, "nothing"))
         late = step is None or (lost is not None and step > lost + 1)
         missed += [case.name] * late
-        print(f"| {case.name} | {accuracy(run_dir)} | {lost or ''} | {step or 'never'} | "
+        print(f"| {case.name} | {accuracy(run_dir)} | {lost or ''} | "
+              f"{'never' if step is None else step or 'before the first'} | "
               f"{text.partition(':')[0]} |")
     print("\n| run that goes well | seeds | accuracy of the first | warned |\n|---|---|---|---|")
     for case in well:

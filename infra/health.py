@@ -82,7 +82,7 @@ RULES = [
          and len(h.rows) > 6 and h.recent(ACC) < fmean(h.values(ACC)[-6:-3]) + 0.01,
          ("actor/entropy", ACC), "raise actor.clip_ratio_high, or lower actor.lr"),
     Rule("responses run into the limit",
-         lambda h: h.recent(TRUNCATED) > max(0.5, h.start(TRUNCATED) + 0.3), (TRUNCATED, LENGTH),
+         lambda h: h.recent(TRUNCATED) > max(0.4, h.start(TRUNCATED) + 0.3), (TRUNCATED, LENGTH),
          "raise data.max_response_length, or set overlong_buffer.enable=true; if the reward grows "
          "with length, it pays for length"),
     Rule("responses have nearly vanished",
