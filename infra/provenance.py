@@ -54,17 +54,27 @@ def code_version(config: SimpleNamespace) -> tuple[str, str]:
 
 
 def write_code(config: SimpleNamespace, step: int) -> str:
-    """Write the file of a launch that begins with this step; returns the commit, and which files
-    differ from it."""
+    """Write the file of a launch that begins with this step; returns `describe_code` of it."""
     folder, (commit, diff) = Path(config.run_dir, "code"), code_version(config)
-    changed = re.findall(r"^diff --git a/(.*) b/", diff, re.MULTILINE)
     if len(diff) > LONGEST_DIFF:
-        diff = f"the diff is left out: it has {len(diff)} characters\n"
+        names = "\n".join(re.findall("^diff --git .*", diff, re.MULTILINE))
+        diff = f"the diff is left out: it has {len(diff)} characters\n{names}\n"
     digests = "".join(f"{digest_file(Path(name))}  {name}\n" for name in reward_files(config))
     folder.mkdir(exist_ok=True)
     (folder / f"from_step_{step:05d}.patch").write_text(f"commit {commit}\n{digests}\n{diff}",
                                                         "utf-8", "surrogateescape")
-    return f"commit {commit}" + (f", with changes in {', '.join(changed)}" if changed else "")
+    return describe_code(config.run_dir, step)
+
+
+def describe_code(run_dir: str | Path, step: int) -> str:
+    """The commit of the launch that made a step, and which files differ from it; "" if unknown."""
+    files = {int(file.stem.rpartition("_")[2]): file
+             for file in Path(run_dir, "code").glob("from_step_*[0-9].patch")}
+    if not (starts := [start for start in files if start <= step]):
+        return ""
+    text = files[max(starts)].read_text("utf-8", "replace")
+    changed = re.findall(r"^diff --git a/(.*) b/", text, re.MULTILINE)
+    return text.partition("\n")[0] + (f", with changes in {', '.join(changed)}" if changed else "")
 
 
 def digest_file(path: Path) -> str:

@@ -15,7 +15,9 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra.config import escape_control
 from infra.data import read_jsonl
+from infra.provenance import describe_code
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -31,6 +33,7 @@ def write_step_page(run_dir: str | Path, step: int, metrics: dict, curves: bytes
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     parts = {"title": html.escape(f"{Path(run_dir).resolve().name}, step {step}"),
              "counts": describe_counts(metrics, len(groups)),
+             "code": html.escape(escape_control(describe_code(run_dir, step))),
              "neighbours": "".join(f'<a href="step_{other:05d}.html">step {other}</a> '
                                    for other in neighbours),
              "figures": "".join(f"<tr><td>{html.escape(name)}<td>{value:.4g}"

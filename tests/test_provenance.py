@@ -81,6 +81,21 @@ def test_a_long_diff_is_left_out_and_no_repository_is_said(repository, tmp_path,
     assert provenance.write_code(config_of(tmp_path), 1) == "commit no repository"
 
 
+def test_the_code_of_a_step_is_that_of_the_launch_which_made_it(repository, tmp_path):
+    """The page of a step says it."""
+    commit = git(repository, "rev-parse", "HEAD")
+    provenance.write_code(config_of(tmp_path), 1)
+    (repository / "losses.py").write_text("another")
+    provenance.write_code(config_of(tmp_path), 100_001)
+    run_dir = tmp_path / "run"
+    (run_dir / "code/from_step_old.patch").touch()
+    assert provenance.describe_code(run_dir, 0) == ""
+    assert provenance.describe_code(run_dir, 99_999) == f"commit {commit}"
+    changed = f"commit {commit}, with changes in losses.py"
+    assert provenance.describe_code(run_dir, 100_001) == changed
+    assert provenance.describe_code(tmp_path, 1) == ""
+
+
 def test_what_a_run_does_not_depend_on_is_no_other_code(repository, tmp_path):
     config = config_of(tmp_path)
     earlier = provenance.code_digests(config)

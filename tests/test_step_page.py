@@ -193,6 +193,15 @@ def test_a_token_takes_at_most_19_bytes_of_the_page(make_page):
     assert (size(2000) - size(1000)) / 1000 < 19
 
 
+def test_the_page_says_which_code_made_the_step(make_page, tmp_path):
+    (tmp_path / "a&b/code").mkdir(parents=True)
+    for step, name in ((1, "losses.py"), (3, "<b>.py"), (4, "reward.py")):
+        (tmp_path / f"a&b/code/from_step_{step:05d}.patch").write_text(
+            f"commit abc\n\ndiff --git a/{name} b/{name}\n")
+    page = make_page([make_record()]).read_text()
+    assert "<br>commit abc, with changes in &lt;b&gt;.py</span>" in page
+
+
 def test_no_markup_of_the_policy_is_live(make_page):
     """The page has the same tags, whatever a text holds."""
     harmless = tags(make_page([make_record()]))
