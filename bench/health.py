@@ -1,12 +1,14 @@
 """Ruined runs, and how soon each is warned of; runs that go well, and whether any is warned of.
 
     python bench/health.py [--seeds 0 1 2 3 4] [--cases NAME ...] [--out runs/health] [--jobs N]
+        [--ladder runs/ladder]
 
-Each ruined run is trained once, each other one for each seed, forks on a copy of the code. Finished
-runs are kept, so the same command resumes. `warned` is the step of the first warning that names the
-cause; `lost`, the first step at which accuracy, at its end, has fallen below half of its best. The
-recipe of the pretrained model is left out if examples/sums/base is not there. Exits with 1 if a
-ruined run is not warned of by the step after `lost`, or another one is warned of.
+Each ruined run is trained once, each other one for each seed; finished runs are kept, so the same
+command resumes. Those of bench/ladder.py in `--ladder`, the forks among them, are read too.
+`warned` is the step of the first warning that names the cause, `lost` the first from which on
+accuracy is below half of its best. The recipe of the pretrained model is left out if
+examples/sums/base is not there. Exits with 1 if a ruined run is not warned of by the step after
+`lost`, or another one is.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ladder import CORES, NOT_HERE, ROOT, patched_copy
+from ladder import CORES, ROOT
 from lora import LORA
 
 REWARDS = """
@@ -66,7 +68,6 @@ class Case(NamedTuple):
     overrides: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
     config: str = "config.yaml"
-    fork: str = ""
 
 
 TOO_LARGE, HACKED = "the updates are too large", "the reward rises while accuracy falls"
@@ -98,13 +99,6 @@ RUINED = [
 WELL = [
     Case("default"), Case("default, 40 steps", ("total_training_steps=40",)),
     Case("LoRA", tuple(LORA)),
-    Case("ladder: DAPO", (), (), "configs/ladder.yaml"),
-    Case("ladder: naive GRPO", ("filter_groups.enable=false", "overlong_buffer.enable=false",
-                                "actor.clip_ratio_high=0.2",
-                                "actor.loss_agg_mode=seq-mean-token-mean"), (),
-         "configs/ladder.yaml"),
-    *(Case(f"fork {path.stem}", fork=path.stem) for path in sorted(ROOT.glob("forks/*.patch"))
-      if path.stem not in NOT_HERE - {"geometric_mask", "icepop", "curriculum"}),
     Case("recipe of SmolLM2", ("model.path=examples/sums/base",), (),
          "configs/smollm2_135m_sums.yaml"),
 ]
@@ -125,18 +119,14 @@ def write_inputs(out: Path) -> None:
 def train(case: Case, seed: int, out: Path, threads: int) -> Path:
     """Train the run, unless it is there; its directory, with log.txt beside the rest."""
     run_dir = out / re.sub(r"\W+", "_", case.name) / f"seed_{seed}"
-    log, code = run_dir.with_suffix(".log"), ROOT
     if (run_dir / "done").exists():
         return run_dir
-    if case.fork:
-        code = patched_copy(case.fork, out) if not (out / "code" / case.fork).exists() else (
-            out / "code" / case.fork)
     run_dir.mkdir(parents=True, exist_ok=True)
-    start = ["-c", SKEWED] if case.name.startswith("sampler") else [str(code / "train_dapo.py")]
-    command = [sys.executable, *start, "--config", str(code / case.config), f"run_dir={run_dir}",
+    start = ["-c", SKEWED] if case.name.startswith("sampler") else ["train_dapo.py"]
+    command = [sys.executable, *start, "--config", case.config, f"run_dir={run_dir}",
                f"seed={seed}", "save_rollouts=0", "resume_with_other_code=true",
                *(override.format(out=out) for override in case.overrides)]
-    with open(log, "w", encoding="utf-8") as file:
+    with open(run_dir.with_suffix(".log"), "w", encoding="utf-8") as file:
         subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False,
                        env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     (run_dir / "done").touch()
@@ -178,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--cases", nargs="+", default=[""], help="parts of their names")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/health")
+    parser.add_argument("--ladder", type=Path, default=ROOT / "runs/ladder")
     parser.add_argument("--jobs", type=int, default=CORES)
     args = parser.parse_args()
     out, missed, alarms, count = args.out.resolve(), [], 0, 0
@@ -203,16 +194,17 @@ def main() -> None:
               f"{'never' if step is None else step or 'before the first'} | "
               f"{text.partition(':')[0]} |")
     print("\n| run that goes well | seeds | accuracy of the first | warned |\n|---|---|---|---|")
-    for case in well:
-        dirs = [train(case, seed, out, 1) for seed in args.seeds]
-        found = [f"seed {seed}, step {step}: {text.partition(':')[0]}"
-                 for seed, run_dir in zip(args.seeds, dirs, strict=True)
-                 for step, text in warnings_of(run_dir)]
-        unfinished = [run_dir.name for run_dir in dirs if not (run_dir / "model").exists()]
-        count += len(dirs)
-        alarms += len(found) + len(unfinished)
-        print(f"| {case.name} | {len(dirs)} | {accuracy(dirs[0])} | "
-              f"{'; '.join(found + [f'{name} did not finish' for name in unfinished])} |")
+    well = {case.name: [train(case, seed, out, 1) for seed in args.seeds] for case in well}
+    well |= {f"ladder: {folder.name.replace('_', ' ')}": [
+        log.with_suffix("") for log in sorted(folder.glob("seed_*.log"))]
+        for folder in sorted(args.ladder.glob("*")) if folder.name != "code"}
+    for name, dirs in well.items():
+        found = [f"{run_dir.name}, step {step}: {text.partition(':')[0]}"
+                 for run_dir in dirs for step, text in warnings_of(run_dir)]
+        found += [f"{run_dir.name} did not finish" for run_dir in dirs
+                  if not (run_dir / "model").exists()]
+        count, alarms = count + len(dirs), alarms + len(found)
+        print(f"| {name} | {len(dirs)} | {accuracy(dirs[0])} | {'; '.join(found)} |")
     print(f"\n{len(missed)} of {len(ruined)} ruined runs told late or never"
           f"{': ' * bool(missed)}{', '.join(missed)}; {alarms} warnings in {count} runs that go "
           "well (goal 0 and 0)")
