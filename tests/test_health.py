@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from conftest import ROOT
 
 from data_types import Progress
-from infra.health import RULES, check_health
+from infra.health import RULES, History, check_health
 from infra.metrics import best_validation
 
 HEALTHY = {"groups/kept": 0.8, "groups/all_correct": 0.1, "groups/all_wrong": 0.1,
@@ -85,6 +85,14 @@ def test_a_run_that_solves_its_task_is_not_warned_of(capsys):
 def test_a_rule_that_still_holds_is_quiet_for_ten_steps_and_then_speaks_again(capsys):
     found = warnings_of(capsys, actor__approx_kl=[0.5] * 8 + [0.0] * 12 + [0.5])
     assert [step for step, _ in found] == [1, 21]
+
+
+def test_of_a_long_run_the_start_and_the_newest_steps_are_looked_at():
+    """So that a step of a run of a million takes no longer than others."""
+    rows = [{"step": i, "groups/kept": 1.0, "acc/before_filter": float(i)} for i in range(1000)]
+    history = History([{"step": 0, "val/val/avg@4": 0.5}, *rows])
+    assert (len(history.rows), history.start("acc/before_filter")) == (203, 1.0)
+    assert (history.recent("acc/before_filter"), history.now("step")) == (998.0, 999)
 
 
 def test_the_key_ends_a_run_whose_policy_is_ruined_and_no_other(capsys):
