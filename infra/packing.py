@@ -17,10 +17,10 @@ from functools import lru_cache
 from inspect import signature
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -59,9 +59,9 @@ def packing_kind(model: torch.nn.Module) -> str:
 def packing_kwargs(families: Sequence[tuple[int, tuple[int, ...]]], packing: str,
                    device: torch.device | str) -> dict:
     """The model's keyword arguments for a packed row of these families."""
-    positions = [torch.arange(len(context), len(context) + len(own))
+    positions = [np.arange(len(context), len(context) + len(own))
                  for context, own in split_row(families)]
-    kwargs = {"position_ids": torch.cat(positions)[None].to(device)}
+    kwargs = {"position_ids": torch.from_numpy(np.concatenate(positions))[None].to(device)}
     if packing == SHARES_PROMPTS:  # a mask of four dimensions keeps transformers from making one
         kwargs |= {"attention_mask": torch.ones(1, 1, 1, 1, device=device),
                    "packed_families": tuple(families)}
@@ -82,11 +82,6 @@ def split_row(families: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[ran
     return sequences
 
 
-def to_index(*tokens: range) -> Tensor:
-    """The numbers in the ranges, one range after the other."""
-    return torch.cat([torch.arange(part.start, part.stop) for part in tokens])
-
-
 @lru_cache(maxsize=1)  # all layers of a model ask for the same
 def make_cu_seqlens(families: tuple, device: torch.device) -> tuple:
     """Of a packed row: where the queries of each sequence begin, and the last one's end, and the
@@ -99,7 +94,8 @@ def make_cu_seqlens(families: tuple, device: torch.device) -> tuple:
               for lengths in (queries, keys)]
     index = None
     if keys != queries:
-        index = torch.cat([to_index(*sequence) for sequence in sequences]).to(device)
+        parts = [np.arange(part.start, part.stop) for sequence in sequences for part in sequence]
+        index = torch.from_numpy(np.concatenate(parts)).to(device)
     return *starts, max(queries), max(keys), index
 
 
@@ -120,16 +116,17 @@ def make_blocks(families: tuple, device: torch.device) -> tuple:
         blocks[-1].append((context, own))
     shapes, masks = [], []
     for block in blocks:
-        padded = pad_sequence([to_index(own) for _, own in block], batch_first=True,
-                              padding_value=-1)  # (rows, queries)
-        contexts = torch.stack([to_index(context) for context, _ in block])
-        rows, length, before = *padded.shape, contexts.shape[1]
-        shapes.append((rows, length, before + length))
+        before, length = len(block[0][0]), len(block[0][1])
+        column, starts = np.arange(length), np.array([own.start for _, own in block])[:, None]
+        lengths = np.array([len(own) for _, own in block])[:, None]
+        padded = np.where(column < lengths, starts + column, -1)  # (rows, queries)
+        contexts = np.array([context.start for context, _ in block])[:, None] + np.arange(before)
+        shapes.append((len(block), length, before + length))
         mask = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
         masks.append(mask if before else None)
-        queries.append(padded.flatten())
-        keys.append(torch.cat([contexts, padded], dim=1).flatten())
-    queries, keys = torch.cat(queries), torch.cat(keys)
+        queries.append(padded.ravel())
+        keys.append(np.concatenate([contexts, padded], axis=1).ravel())
+    queries, keys = (torch.from_numpy(np.concatenate(index)) for index in (queries, keys))
     places = queries.argsort()[-count:]  # the padding, -1, comes first
     return (shapes, masks, queries.clamp(min=0).to(device), keys.clamp(min=0).to(device),
             places.to(device))
