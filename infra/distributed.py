@@ -151,8 +151,8 @@ def end_processes(accelerator: Accelerator, engine: Engine, signals: list[int]) 
     other than Ctrl-C, end this one, with the exit code 128 + the signal's number."""
     code = max([128 + number for number in gather_object(signals) if number != signal.SIGINT],
                default=0)
-    PHASE["now"] = "end"
     accelerator.wait_for_everyone()  # gloo may deadlock if ranks exit at different times
+    PHASE["now"] = "end"
     engine.close()  # before the process groups that it has joined are gone
     accelerator.end_training()
     if accelerator.num_processes > 1 or code:  # gloo's own shutdown may hang; all work is done

@@ -39,7 +39,7 @@ from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
 from infra.tokens import add_stop_tokens, stop_token_ids
-from infra.watchdog import start_watchdog
+from infra.watchdog import meeting_of_ranks, start_watchdog
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
@@ -101,7 +101,6 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies
                                   weight_decay=config.actor.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    start_watchdog(accelerator, config.watchdog_seconds)
     # Accelerate's wrapper would copy the model's output to float32.
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)
     return TrainState(config, accelerator, tokenizer, policy, engine, reference, optimizer,
@@ -113,9 +112,11 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     # Some ranks wait while others generate the longest responses or write a checkpoint.
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
-                              kwargs_handlers=[group], log_with=config.log_with or None,
-                              project_dir=config.run_dir)
+    with meeting_of_ranks(2 * config.watchdog_seconds):
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
+                                  kwargs_handlers=[group], log_with=config.log_with or None,
+                                  project_dir=config.run_dir)
+    start_watchdog(accelerator, config.watchdog_seconds)
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED or (is_sharded(accelerator) and not accelerator.is_fsdp2):
         raise ValueError(f"accelerate launch: {kind.value} is not supported; launch with "

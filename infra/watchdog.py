@@ -1,11 +1,12 @@
-"""A rank that is stopped, or whose machine is gone, ends the run: the others would wait for it in a
-collective, whose limit is hours."""
+"""A rank that is stopped, or whose machine is gone, ends the run: the others would wait
+for it in a collective, whose limit is hours."""
 
 import os
 import sys
 import time
-from collections.abc import Callable
-from threading import Thread
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread, Timer
 
 from accelerate import Accelerator
 from torch.distributed import PrefixStore
@@ -14,6 +15,29 @@ from torch.distributed.distributed_c10d import _get_default_store
 from infra.config import tell_launcher
 
 PHASE = {"now": "start"}  # what the main thread of this process does; "end": nobody watches
+
+
+@contextmanager
+def meeting_of_ranks(seconds: int) -> Iterator[None]:
+    """The block, in which the ranks meet, ends the process, with a line, if it takes longer than so
+    many seconds (0: no limit): one of the others, or the launcher, is gone or stopped."""
+    timer = Timer(seconds, end_process, [f"the processes of the run did not meet within {seconds} "
+                                         "s (twice watchdog_seconds)"])
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_process(problem: str, end: Callable[[int], None] = os._exit) -> None:
+    """End this process, whose main thread waits for ever, with a line."""
+    message = f"error: {problem}. The same command resumes from the last checkpoint"
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    tell_launcher(message)
+    end(1)
 
 
 def start_watchdog(accelerator: Accelerator, seconds: int,
@@ -29,10 +53,8 @@ def start_watchdog(accelerator: Accelerator, seconds: int,
 
     def watch() -> None:
         seen, problem = {other: (b"", time.monotonic()) for other in others}, ""
-        while not problem:
+        while not problem and PHASE["now"] != "end":  # at the end they leave one after the other
             time.sleep(1)
-            if PHASE["now"] == "end":  # ranks may leave one after the other
-                return
             try:
                 store.set(str(rank), f"{time.monotonic()} {PHASE['now']}")
                 for other in others:
@@ -44,11 +66,9 @@ def start_watchdog(accelerator: Accelerator, seconds: int,
                         problem = (f"rank {other} has not moved for {seconds} s, in phase {phase} "
                                    f"(watchdog_seconds)")
             except RuntimeError:  # the process that has the store is gone
+                time.sleep(2)  # it may have done all its work, and so has this one
                 problem = "the process that all ranks meet at cannot be reached"
-        message = (f"error: {problem}; rank {rank} waited for it in phase {PHASE['now']}. The same "
-                   "command resumes from the last checkpoint")
-        print(f"\n{message}", file=sys.stderr, flush=True)
-        tell_launcher(message)
-        end(1)
+        if PHASE["now"] != "end":
+            end_process(f"{problem}; rank {rank} waited for it in phase {PHASE['now']}", end)
 
     Thread(target=watch, daemon=True).start()
