@@ -148,3 +148,10 @@ def test_the_lock_file_has_the_same_versions_and_a_digest_of_everything():
         assert line.startswith("#") or f"\n{line} \\\n    --hash=sha256:" in lock, line
     entries = re.split(r"\n(?=[a-z])", lock)[1:]
     assert len(entries) > 50 and all("==" in entry and "--hash=" in entry for entry in entries)
+
+
+def test_every_documented_server_listens_on_this_machine_only():
+    """vLLM's default is every address, and its development mode runs what it is sent."""
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()
+             if re.search(r"vllm serve \S+ -", line)]
+    assert len(lines) == 2 and all(" --host 127.0.0.1 " in line for line in lines)
