@@ -1,7 +1,7 @@
 """Support code: nobody needs this directory to understand DAPO.
 
 GNU OpenMP's threads, torch's on a CPU, wait in a spinning loop. With other processes busy on the
-same cores, a step then takes up to 30 times as long; with this limit, 3 times, at no cost on idle
+same cores, a step then takes up to 30 times as long; with this limit, 5 times, at no cost on idle
 cores. OpenMP reads it when it is loaded, so this package must be imported before torch.
 """
 
