@@ -14,12 +14,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -246,6 +246,12 @@ def parse_value(location: str, text: str, type: str) -> bool | int | float | str
     raise ValueError(f"{location}: {text!r} is not {expected}")
 
 
+def attempt(parse: Callable[[], Any]) -> Any:
+    """What it returns; None if it cannot be parsed."""
+    with suppress(ValueError, RecursionError, re.error):
+        return parse()
+
+
 def check_config(config: SimpleNamespace) -> None:
     """Raise ValueError if values that are each legal contradict each other."""
     data, actor, rollout = config.data, config.actor, config.rollout
@@ -253,18 +259,9 @@ def check_config(config: SimpleNamespace) -> None:
     responses = data.train_batch_size * rollout.n
     most = config.filter_groups.max_num_gen_batches * (
         0 if data.gen_batch_size == "auto" else data.gen_batch_size)
-    try:
-        groups = re.compile(data.answer_regex).groups if data.answer_regex else 1
-    except re.error:
-        groups = 0
-    try:
-        template_kwargs = json.loads(data.chat_template_kwargs or "{}")
-    except (ValueError, RecursionError):
-        template_kwargs = None
-    try:
-        weights = [float(weight) for weight in split_list(config.reward.weights)]
-    except ValueError:
-        weights = []
+    groups = attempt(lambda: re.compile(data.answer_regex).groups) if data.answer_regex else 1
+    template_kwargs = attempt(lambda: json.loads(data.chat_template_kwargs or "{}"))
+    weights = attempt(lambda: [float(weight) for weight in split_list(config.reward.weights)])
     stop_strings(rollout.stop)
     sets = len(split_list(config.val.file))
     unequal = [f"val.{key}={value}" for key, value in vars(config.val).items() if key in (
