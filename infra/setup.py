@@ -39,7 +39,7 @@ from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
 from infra.tokens import add_stop_tokens, stop_token_ids
-from infra.watchdog import meeting_of_ranks, start_watchdog
+from infra.watchdog import rendezvous_limit, start_watchdog
 
 # Of a vision-language checkpoint: its names of the language part, as that part alone names them.
 LANGUAGE_PART = {r"^language_model\.lm_head\.": "lm_head.",
@@ -112,7 +112,7 @@ def start_processes(config: SimpleNamespace) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     # Some ranks wait while others generate the longest responses or write a checkpoint.
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    with meeting_of_ranks(2 * config.watchdog_seconds):
+    with rendezvous_limit(2 * config.watchdog_seconds):
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision,
                                   kwargs_handlers=[group], log_with=config.log_with or None,
                                   project_dir=config.run_dir)

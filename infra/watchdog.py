@@ -18,9 +18,9 @@ PHASE = {"now": "start"}  # what the main thread of this process does; "end": no
 
 
 @contextmanager
-def meeting_of_ranks(seconds: int) -> Iterator[None]:
-    """The block, in which the ranks meet, ends the process, with a line, if it takes longer than so
-    many seconds (0: no limit): one of the others, or the launcher, is gone or stopped."""
+def rendezvous_limit(seconds: int) -> Iterator[None]:
+    """Limit the block, in which the ranks wait for each other, to so many seconds (0: no limit).
+    After them another rank, or the launcher, is gone or stopped: the process ends, with a line."""
     timer = Timer(seconds, end_process, [f"the processes of the run did not meet within {seconds} "
                                          "s (twice watchdog_seconds)"])
     timer.daemon = True
