@@ -52,19 +52,20 @@ def start_watchdog(accelerator: Accelerator, seconds: int,
     store, others = PrefixStore("watchdog", _get_default_store()), ranks[1:] if rank == 0 else [0]
 
     def watch() -> None:
-        seen, problem = {other: (b"", time.monotonic()) for other in others}, ""
+        silent, last, problem = dict.fromkeys(others, 0), dict.fromkeys(others, b""), ""
         while not problem and PHASE["now"] != "end":  # at the end they leave one after the other
             time.sleep(1)
             try:
                 store.set(str(rank), f"{time.monotonic()} {PHASE['now']}")
                 for other in others:
-                    count = store.get(str(other)) if store.check([str(other)]) else b""
-                    if count != seen[other][0]:
-                        seen[other] = count, time.monotonic()
-                    elif time.monotonic() - seen[other][1] > seconds:
-                        phase = seen[other][0].decode().rpartition(" ")[2] or "start"
+                    sign = store.get(str(other)) if store.check([str(other)]) else b""
+                    # Turns, not time: this thread may itself have waited, for Python's lock.
+                    silent[other] = silent[other] + 1 if sign == last[other] else 0
+                    last[other] = sign
+                    if silent[other] > seconds:
+                        phase = sign.decode().rpartition(" ")[2] or "start"
                         problem = (f"rank {other} has not moved for {seconds} s, in phase {phase} "
-                                   f"(watchdog_seconds)")
+                                   "(watchdog_seconds)")
             except RuntimeError:  # the process that has the store is gone
                 time.sleep(2)  # it may have done all its work, and so has this one
                 problem = "the process that all ranks meet at cannot be reached"
