@@ -59,7 +59,7 @@ class Rule(NamedTuple):
 
 RULES = [
     Rule("the updates are too large",
-         lambda h: abs(h.now("actor/approx_kl")) > 0.2 or h.now("actor/clip_frac_low") > 0.4
+         lambda h: abs(h.now("actor/approx_kl")) > 0.3 or h.now("actor/clip_frac_low") > 0.4
          or h.now("actor/clip_frac_high") > 0.4,
          ("actor/approx_kl", "actor/clip_frac_low", "actor/clip_frac_high"),
          "lower actor.lr, or raise actor.lr_warmup_steps", True),
