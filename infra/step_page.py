@@ -34,7 +34,7 @@ def write_step_page(run_dir: str | Path, step: int, metrics: dict, curves: bytes
     parts = {"title": html.escape(f"{Path(run_dir).resolve().name}, step {step}"),
              "counts": describe_counts(metrics, len(groups)),
              "code": html.escape(escape_control(describe_code(run_dir, step))),
-             "neighbours": "".join(f'<a href="step_{other:05d}.html">step {other}</a> '
+             "neighbours": "".join(f'<a href="step_{other:05d}.html">step {other}</a> · '
                                    for other in neighbours),
              "figures": "".join(f"<tr><td>{html.escape(name)}<td>{value:.4g}"
                                 for name, value in metrics.items()),
