@@ -41,7 +41,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """Clipped-ratio loss of every token (equation 8, negated), and statistics of the clipping.
 
     Args:
-        logprobs, old_logprobs, mask: (B, T); gradients flow through `logprobs` only.
+        logprobs, old_logprobs, mask: (B, T); gradients flow through `logprobs` only, not through
+            what the bounds of the clip are made of.
         advantages: (B, 1) or (B, T).
         clip_ratio_low, clip_ratio_high: the ratio is clipped to [1 - low, 1 + high]; numbers, or
             tensors (B, 1) or (B, T), one of each kind too.
@@ -51,6 +52,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     Returns:
         The loss (B, T), neither masked nor aggregated, and its statistics by name.
     """
+    clip_ratio_low, clip_ratio_high = (bound.detach() if isinstance(bound, Tensor) else bound
+                                       for bound in (clip_ratio_low, clip_ratio_high))
     old_logprobs, mask = old_logprobs.detach(), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

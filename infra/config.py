@@ -179,8 +179,10 @@ def embedded_task_warning(path: str | Path, overrides: Sequence[str] = ()) -> st
     """
     rules, given = read_rules(), read_given(path, overrides)
     other = [key for key in EMBEDDED_TASK if key in given and given[key][1] != rules[key].default]
+    off = {key.rpartition(".")[0] for key, (_, text) in given.items()
+           if key.endswith(".enable") and text.lower() == "false"}
     kept = [f"{key}={rule.default}" for key, rule in rules.items()
-            if rule.embedded_only and key not in given]
+            if rule.embedded_only and key not in given and key.rpartition(".")[0] not in off]
     if not other or not kept:
         return ""
     return (f"{' and '.join(other)} set, but these keys still have the embedded task's values: "

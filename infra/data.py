@@ -265,7 +265,7 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
             seen.setdefault(chat, prompt)
         counts["rows"] += 1
         if end and (not data.answer_key or find_column(row, data.answer_key) is not None):
-            counts["without the assistant's last message"] += 1
+            counts["without the assistant's last message (taken for the solution)"] += 1
         if first:
             counts["repeated"] += 1
             counts["with another answer"] += first.answer != prompt.answer

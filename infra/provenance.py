@@ -1,6 +1,7 @@
 """Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit, a
 digest of each reward file, and the diff to the commit, which `git apply` takes as it is."""
 
+import ast
 import hashlib
 import re
 import subprocess
@@ -26,8 +27,24 @@ def code_digests(config: SimpleNamespace) -> dict[str, str]:
 
 
 def reward_files(config: SimpleNamespace) -> list[str]:
-    """The files that `reward.name` names."""
-    return [name.rpartition(":")[0] for name in split_list(config.reward.name) if ":" in name]
+    """The files that `reward.name` names, and those beside them that they import."""
+    found = [name.rpartition(":")[0] for name in split_list(config.reward.name) if ":" in name]
+    for file in map(Path, found):  # and those that it adds meanwhile
+        try:
+            nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        except (OSError, SyntaxError, ValueError):  # it will not load
+            continue
+        names = [alias.name for node in nodes if isinstance(node, ast.Import)
+                 for alias in node.names]
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module or "", *(f"{node.module or ''}.{alias.name}".strip(".")
+                                               for alias in node.names)]
+        for name in names:
+            module = file.parent / name.replace(".", "/")
+            found += [path for path in (f"{module}.py", f"{module}/__init__.py")
+                      if path not in found and Path(path).is_file()]
+    return found
 
 
 def changed_code(earlier: dict[str, str], config: SimpleNamespace) -> list[str]:

@@ -360,6 +360,13 @@ def test_the_paper_recipe_has_the_papers_values():
     )
 
 
+def test_what_is_off_needs_no_value_for_other_data():
+    data = ["data.train_file=other.jsonl"]
+    assert "overlong_buffer.len=24" in embedded_task_warning("config.yaml", data)
+    off = embedded_task_warning("config.yaml", [*data, "overlong_buffer.enable=False"])
+    assert "data.max_prompt_length" in off and "overlong_buffer" not in off
+
+
 def test_the_resolved_config_of_a_run_is_a_config_again(start):
     run_dir = start("actor.lr=1e-5", "actor.clip_ratio_c=3", "total_training_steps=1", "val.file=")
     config = load_config(run_dir / "config.yaml")

@@ -170,6 +170,17 @@ def test_arguments_stay_as_they_were():
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
 
+def test_no_gradient_flows_through_the_bounds_of_the_clip():
+    """A range that follows the entropy would otherwise be an entropy bonus on clipped tokens."""
+    logprobs = tensor([0.5, 0.0]).requires_grad_()
+    entropy = tensor([1.0, 1.0]).requires_grad_()
+    loss, _ = policy_loss(logprobs, tensor([0.0, 0.0]), tensor([1.0]), tensor([1, 1]),
+                          0.1 * entropy, 0.28 * entropy)
+    assert loss.tolist() == [[-1.28, -1.0]]
+    loss.sum().backward()
+    assert entropy.grad is None and logprobs.grad.tolist() == [[0.0, -1.0]]
+
+
 def test_an_advantage_per_token_is_that_tokens():
     logprobs, old, mask = torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 3)
     advantages = torch.randn(2, 3)

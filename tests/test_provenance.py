@@ -112,6 +112,21 @@ def test_what_a_run_does_not_depend_on_is_no_other_code(repository, tmp_path):
     assert provenance.changed_code({}, config) == []  # a checkpoint of before there were digests
 
 
+def test_what_a_reward_file_imports_from_beside_it_is_code_too(tmp_path):
+    """And what that imports; libraries and files that nobody imports are not."""
+    for name, text in {"own.py": "import helper, json\nfrom pack.part import x\nfrom . import near",
+                       "helper.py": "from deep import y", "deep.py": "import own", "near.py": "",
+                       "pack/part.py": "x = 1", "other.py": "", "broken.py": "def"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = provenance.reward_files(config_of(
+        tmp_path, f"reward.name={tmp_path}/own.py:score,{tmp_path}/broken.py:score",
+        "reward.weights=1,1"))
+    assert {str(Path(name).relative_to(tmp_path)) for name in found} == {
+        "own.py", "helper.py", "deep.py", "near.py", "pack/part.py", "broken.py"}
+    assert len(found) == 6
+
+
 def test_a_run_resumes_with_other_code_only_if_it_is_told_to(start, tmp_path, capsys):
     """Here a reward file; it is among the digests like our own files."""
     file = tmp_path / "own.py"
