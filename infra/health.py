@@ -13,17 +13,16 @@ from data_types import Progress, TrainState
 from infra.distributed import warn
 
 QUIET = 10  # steps before a rule warns again
-WINDOW = 200  # the newest steps, which rules look at besides the first three
 
 
 class History:
-    """The metrics of the steps so far, the last of them now."""
+    """The metrics of the steps so far, the last of them now: of the first three and newest 200."""
     def __init__(self, rows: Sequence[dict]) -> None:
-        rows = [row for row in rows if "groups/kept" in row]  # steps, not validations
-        self.rows = [*rows[:3], *rows[3:][-WINDOW:]]
+        steps = [row for row in rows if "groups/kept" in row]  # the others are validations
+        self.rows = steps[:3] + steps[3:][-200:]
 
     def now(self, name: str, default: float = 0.0) -> float:
-        """The value of the last step."""
+        """Of the last step."""
         return self.rows[-1].get(name, default)
 
     def values(self, name: str) -> list[float]:
@@ -105,9 +104,8 @@ RULES = [
 
 
 def check_health(state: TrainState, progress: Progress, metrics: dict[str, float]) -> None:
-    """Add a step's metrics to the history of `progress`; warn of each rule that holds now and did
-    not in the last `QUIET` steps. Raises ValueError if the policy is ruined and
-    `stop_when_ruined` is on."""
+    """Add a step's metrics to `progress`; warn of each rule that holds now and did not in the last
+    `QUIET` steps. Raises ValueError if the policy is ruined and `stop_when_ruined` is on."""
     rows = progress.history = [*progress.history, metrics]
     for rule in RULES:
         if not rule.holds(History(rows)) or any(
