@@ -53,7 +53,7 @@ def validate(state: TrainState, val: dict[str, list[Prompt]],
 
 
 def sample_and_score(state: TrainState, prompts: Sequence[Prompt],
-                     i: int) -> tuple[list[list[Response]], list[list[Score]]]:
+                     i: int = 0) -> tuple[list[list[Response]], list[list[Score]]]:
     """`val.n` responses to each prompt of validation set `i`, and their scores."""
     val = state.config.val
     n, max_tokens, temperature, top_p = (value_of_set(value, i) for value in (
