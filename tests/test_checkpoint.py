@@ -118,7 +118,7 @@ def test_resuming_removes_rollouts_of_later_steps_and_no_other_file(start, saved
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(tmp_path, start, number, code):
     """By the exit code too: a script can tell it from a run that is finished, or has failed."""
     run_dir = tmp_path / "stopped"
-    common = [*TINY, "total_training_steps=4", "save_every=0", "val.file="]
+    common = [*TINY, "total_training_steps=20", "save_every=0", "val.file="]
     process = subprocess.Popen([sys.executable, "train_dapo.py", "--config", "config.yaml",
                                 f"run_dir={run_dir}", *common], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
@@ -133,7 +133,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(tmp_path, start, nu
     assert command[:2] == ["python", "train_dapo.py"], out
     assert command[-1] == "resume=auto", out
     (name,) = names(run_dir)
-    assert 1 <= int(name[-5:]) < 4
+    assert 1 <= int(name[-5:]) < 20  # a busy machine may be late to send the signal
     result = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True,
                             text=True, check=False)
     assert result.returncode == 0, result.stderr
