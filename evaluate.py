@@ -60,7 +60,7 @@ def sample_and_score(state: TrainState, prompts: Sequence[Prompt],
         val.n, val.max_response_length, val.temperature, val.top_p))
     params = SamplingParams(n, max_tokens or state.config.data.max_response_length, temperature,
                             top_p, logprobs=0, stop=stop_strings(state.config.rollout.stop))
-    prompts = [replace(prompt, position=i) for i, prompt in enumerate(prompts)]
+    prompts = [replace(prompt, position=at) for at, prompt in enumerate(prompts)]
     responses = generate(state, prompts, params, "validation", "validation")
     return responses, score_responses(state, prompts, responses, "validation")
 

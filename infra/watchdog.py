@@ -1,5 +1,5 @@
-"""A rank that is stopped, or whose machine is gone, ends the run: the others would wait
-for it in a collective, whose limit is hours."""
+"""A rank that is stopped, or whose machine is gone, ends the run: the others would wait for it in a
+collective, whose limit is hours."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def rendezvous_limit(seconds: int) -> Iterator[None]:
     timer = Timer(seconds, end_process, [f"the processes of the run did not meet within {seconds} "
                                          "s (twice watchdog_seconds)"])
     timer.daemon = True
-    if seconds:
+    if seconds and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         timer.start()
     try:
         yield
