@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -26,15 +27,18 @@ SMALLEST = ["data.train_batch_size=2", "rollout.n=2", "actor.ppo_mini_batch_size
 WARM_UP, GOAL = 50, 0.05
 
 
-def sample(process: psutil.Process, run_dir: Path) -> dict[str, float]:
-    """What a process holds now, and the bytes of its run's directory, checkpoints apart, of which
-    the newest two stay."""
-    files = [path for path in run_dir.rglob("*") if path.is_file()
-             and not {"checkpoints", "model_best", "model"} & set(path.parts)]
+def sample(process: psutil.Process) -> dict[str, float]:
+    """What a process holds now."""
     with process.oneshot():
         return {"memory, MB": process.memory_info().rss / 1e6, "open files": process.num_fds(),
-                "threads": process.num_threads(),
-                "disk": sum(path.stat().st_size for path in files) / 1e3}
+                "threads": process.num_threads()}
+
+
+def size_of(run_dir: Path) -> float:
+    """The kB of a run's directory, checkpoints apart, of which the newest two stay."""
+    files = [path for path in run_dir.rglob("*") if path.is_file()
+             and not {"checkpoints", "model_best", "model"} & set(path.parts)]
+    return sum(path.stat().st_size for path in files) / 1e3
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--window", type=int, default=200)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args, samples = parser.parse_intermixed_args(), []
+    args, samples, sizes = parser.parse_intermixed_args(), [], []
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
         run_dir = Path(folder, "run")
         command = [sys.executable, "train_dapo.py", "--config", "config.yaml", f"run_dir={run_dir}",
@@ -55,10 +59,10 @@ def main() -> None:
             step = file.read_bytes().count(b"\n") - 1 if file.exists() else 0
             bar.update(step - bar.n)
             if step > 0:
-                try:
-                    samples.append((step, sample(process, run_dir)))
-                except (psutil.Error, OSError):  # it has ended, or a checkpoint was just renamed
-                    continue
+                with suppress(psutil.Error, OSError):  # it has ended, or renames a checkpoint
+                    samples.append((step, sample(process)))
+                    if len(samples) % 10 == 1:  # to look at thousands of files takes time
+                        sizes.append((step, size_of(run_dir)))
         if process.returncode:
             log.seek(0)
             raise SystemExit(log.read()[-2000:])
@@ -73,7 +77,7 @@ def main() -> None:
                                    for steps in (first, last)]
     values["kB that a step writes"] = []
     for steps in (first, last):
-        inside = [(step, found["disk"]) for step, found in samples if step in steps]
+        inside = [(step, size) for step, size in sizes if step in steps]
         (start, before), (end, after) = inside[0], inside[-1]
         values["kB that a step writes"].append((after - before) / (end - start))
     print(f"| | steps {first[0]} to {first[-1]} | {last[0]} to {last[-1]} | change |\n"

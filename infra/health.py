@@ -16,10 +16,9 @@ QUIET = 10  # steps before a rule warns again
 
 
 class History:
-    """The metrics of the steps so far, the last of them now: of the first three and newest 200."""
-    def __init__(self, rows: Sequence[dict]) -> None:
-        steps = [row for row in rows if "groups/kept" in row]  # the others are validations
-        self.rows = steps[:3] + steps[3:][-200:]
+    """The metrics of the first `count` steps, the last of them now: of three and the newest 200."""
+    def __init__(self, steps: Sequence[dict], count: int) -> None:
+        self.rows = [*steps[:min(3, count)], *steps[max(3, count - 200):count]]
 
     def now(self, name: str, default: float = 0.0) -> float:
         """Of the last step."""
@@ -99,7 +98,7 @@ RULES = [
     Rule("the reward function fails often",
          lambda h: h.recent("reward/errors") + h.recent("reward/timeouts")
          > 0.1 * h.recent("responses/generated"), ("reward/errors", "reward/timeouts"),
-         "mend it: the warnings of the steps name a response each"),
+         "fix it: the warnings of the steps name a response each"),
 ]
 
 
@@ -107,14 +106,15 @@ def check_health(state: TrainState, progress: Progress, metrics: dict[str, float
     """Add a step's metrics to `progress`; warn of each rule that holds now and did not in the last
     `QUIET` steps. Raises ValueError if the policy is ruined and `stop_when_ruined` is on."""
     rows = progress.history = [*progress.history, metrics]
+    steps = [row for row in rows if "groups/kept" in row]  # the others are validations
+    *earlier, now = [History(steps, count)
+                     for count in range(max(1, len(steps) - QUIET), len(steps) + 1)]
     for rule in RULES:
-        if not rule.holds(History(rows)) or any(
-                rule.holds(History(rows[:i])) for i in range(max(1, len(rows) - QUIET), len(rows))
-                if History(rows[:i]).rows):
+        if not rule.holds(now) or any(map(rule.holds, earlier)):
             continue
-        found = ", ".join(f"{name} {rows[-1][name]:.3g}" for name in rule.metrics
-                          if name in rows[-1])
-        message = f"step {rows[-1]['step']}: {rule.problem} ({found}): {rule.advice}"
+        found = ", ".join(f"{name} {metrics[name]:.3g}" for name in rule.metrics
+                          if name in metrics)
+        message = f"step {metrics['step']}: {rule.problem} ({found}): {rule.advice}"
         if rule.ruined and state.config.stop_when_ruined:
             raise ValueError(f"{message}. model_best/ has the best policy by validation")
         warn(state.accelerator, message)

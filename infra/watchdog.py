@@ -42,7 +42,7 @@ def end_process(problem: str, end: Callable[[int], None] = os._exit) -> None:
 
 def start_watchdog(accelerator: Accelerator, seconds: int,
                    end: Callable[[int], None] = os._exit) -> None:
-    """Watch from a thread, which goes on while the main one waits. Each rank writes into the store
+    """Watch from a thread, which runs on while the main one waits. Each rank writes into the store
     that all share once a second; rank 0 looks at the others, they at rank 0. If one has not written
     for so many seconds (0: no matter), a line names it and this process ends; the launcher ends the
     rest."""
