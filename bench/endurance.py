@@ -61,7 +61,7 @@ def main() -> None:
             if step > 0:
                 with suppress(psutil.Error, OSError):  # it has ended, or renames a checkpoint
                     samples.append((step, sample(process)))
-                    if len(samples) % 10 == 1:  # to look at thousands of files takes time
+                    if not sizes or step >= sizes[-1][0] + args.window / 4:  # it takes time
                         sizes.append((step, size_of(run_dir)))
         if process.returncode:
             log.seek(0)
