@@ -54,7 +54,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """
     clip_ratio_low, clip_ratio_high = (bound.detach() if isinstance(bound, Tensor) else bound
                                        for bound in (clip_ratio_low, clip_ratio_high))
-    old_logprobs, mask = old_logprobs.detach(), mask.bool()
+    old_logprobs, mask = old_logprobs.detach().where(mask.bool(), 0.0), mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (B, T)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     clipped_ratio = ratio.clamp(min=1 - clip_ratio_low).clamp(max=1 + clip_ratio_high)

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from infra.config import one_line_errors
+from infra.provenance import describe_branch
 from infra.rollout_files import read_metrics
 from infra.step_page import write_step_page
 
@@ -64,10 +65,11 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path | io.BytesIO,
         if step is not None:
             axis.axvline(step, color="0.6", zorder=0)
     if len(runs) == 1:
-        figure.suptitle(Path(*runs).name)
+        figure.suptitle(", ".join(filter(None, [Path(*runs).name, describe_branch(*runs)])))
     else:
         handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
-        figure.legend(handles, list(runs), loc="outside upper center", ncols=4)
+        names = [", ".join(filter(None, [run, describe_branch(run)])) for run in runs]
+        figure.legend(handles, names, loc="outside upper center", ncols=4 if len(runs) > 4 else 2)
     figure.savefig(out, dpi=100)
 
 
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, nargs="+", metavar="N",
                         help="write the page of this step instead; of several, linked")
     parser.add_argument("--out", help="the file that is written; default: curves.png, or "
-                        "step_N.html in the run's directory")
+                        "step_00008.html in the run's directory, for step 8")
     args = parser.parse_args()
     with one_line_errors():
         if args.step is None:

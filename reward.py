@@ -97,18 +97,19 @@ def score_math_strict_box(response: str, ground_truth: str) -> Score:
 
 # ---- one score of several reward functions ------------------------------------------------------
 
-def failed_score(status: str, weights: Sequence[float], message: str) -> Score:
-    """The score of a response whose reward function failed: the lowest possible score, so that a
-    policy gains nothing if it makes one of several fail."""
-    return Score(0.0, -sum(map(abs, weights)), status=status, message=message)
+def failed_score(status: str, message: str) -> Score:
+    """A wrong response, on which the reward function failed; `sampling.score_responses` gives it
+    the lowest score of the others."""
+    return Score(0.0, 0.0, status=status, message=message)
 
 
 def weighted_sum(scores: dict[str, Score], weights: Sequence[float]) -> Score:
     """One score of several reward functions: the weighted sum of their scores. `acc` and `pred`
-    are the first one's. Each function's score becomes the extra value `<name>/score`."""
+    are the first one's. Each function's score becomes the extra value `<name>/score`. If one
+    fails, so does the sum: a policy gains nothing by it."""
     for name, score in scores.items():
         if score.status != "ok":
-            return failed_score(score.status, weights, f"{name}: {score.message}")
+            return failed_score(score.status, f"{name}: {score.message}")
     total, extra = 0.0, {}
     for weight, (name, score) in zip(weights, scores.items(), strict=True):
         total += weight * score.score

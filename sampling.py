@@ -78,8 +78,9 @@ def score_responses(state: TrainState, prompts: Sequence[Prompt],
     """The score of every response, in the order of the prompts, on every rank; the ranks share the
     work. `description` is for warnings and errors.
 
-    A response on which the reward function fails or takes too long counts as wrong, with a warning.
-    Raises ValueError if the reward function fails on all of them.
+    A response on which the reward function fails or takes too long counts as wrong, with a warning,
+    and gets the lowest score of the others, at most 0: whatever the scale of the scores is, it is
+    no better and no worse than the other wrong ones. Raises ValueError if all fail.
     """
     tasks = [Task([response.text for response in group],
                   [len(response.token_ids) for response in group], prompt.answer, prompt.row)
@@ -101,7 +102,9 @@ def score_responses(state: TrainState, prompts: Sequence[Prompt],
     if late:
         warn(state.accelerator, f"{description}, {late} responses count as wrong: the reward "
              f"function took longer than reward.timeout={state.config.reward.timeout} s")
-    return scores
+    lowest = min([0.0, *(s.score for group in scores for s in group if s.status == "ok")])
+    return [[s if s.status == "ok" else replace(s, score=lowest) for s in group]
+            for group in scores]
 
 
 # ---- groups --------------------------------------------------------------------------------------

@@ -5,15 +5,18 @@ responses that never end, or are never right.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from types import SimpleNamespace
 
+import psutil
 import torch
 from accelerate import Accelerator
 
 from data_types import Data, Prompt, Task
-from infra.config import split_list
+from infra.config import split_list, value_of_set
 from infra.data import find_column
 from infra.distributed import map_over_ranks, warn
 from infra.reward_function import BUILT_IN
@@ -31,7 +34,8 @@ def check_start(config: SimpleNamespace, accelerator: Accelerator, tokenizer,
     check_token_ids(tokenizer, policy, prompts)
     if len(stop_ids) > 1:
         accelerator.print(f"a response ends with {token_names(tokenizer, stop_ids)}")
-    for warning in chain(check_sampling(config),
+    for warning in chain(check_launch(accelerator.num_processes), check_sampling(config),
+                         check_epochs(config.data, data),
                          check_first_prompt(config.data, tokenizer, prompts[0]),
                          check_stop_tokens(config, tokenizer, stop_ids),
                          check_references(config, accelerator, scorer, prompts)):
@@ -54,12 +58,34 @@ def check_token_ids(tokenizer, policy: torch.nn.Module, prompts: Sequence[Prompt
                 "belong together, or tokens were added to one of them only")
 
 
+def check_launch(num_processes: int) -> Iterator[str]:
+    """Whether the launcher was asked for several processes and has started one."""
+    with suppress(psutil.Error):  # another user's, or gone
+        command = " ".join(psutil.Process().parent().cmdline())
+        asked = re.search(r"--num_process(?:es)?[ =](\d+)", command)
+        if asked and num_processes == 1 < int(asked[1]):
+            yield (f"the launcher was asked for {asked[1]} processes and started one: without GPUs "
+                   "it wants --multi_gpu too, or --config_file configs/accelerate_ddp.yaml")
+
+
+def check_epochs(settings: SimpleNamespace, data: Data) -> Iterator[str]:
+    """Whether a step draws prompts more than once."""
+    if 0 < len(data.train) < settings.train_batch_size:
+        yield (f"data.train_file has {len(data.train)} prompts, fewer than data.train_batch_size="
+               f"{settings.train_batch_size}: a step trains on the same prompt several times")
+
+
 def check_sampling(config: SimpleNamespace) -> Iterator[str]:
     """Settings that have ruined runs, and may be intended."""
     metric = config.filter_groups.metric
     if config.rollout.top_p < 1:
         yield (f"rollout.top_p={config.rollout.top_p}: the ratio compares with a distribution that "
                "was not sampled from; 1.0 is sound")
+    val = config.val
+    if any(value_of_set(val.temperature, i) == 0 and value_of_set(val.n, i) > 1
+           for i in range(len(split_list(val.file)))):
+        yield (f"val.temperature=0 with val.n={val.n}: all responses to a prompt are the same; "
+               "val.n=1 says as much")
     if config.filter_groups.enable and metric.startswith("seq_") and config.overlong_buffer.enable:
         yield (f"filter_groups.metric={metric} includes the overlong penalty: groups that are all "
                "wrong train on their lengths; acc is sound")

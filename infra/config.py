@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -113,14 +113,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SimpleNamesp
         if text == "" and any(name.startswith(f"{key}.") for name in rules):
             continue  # a section, all of whose keys are commented out
         if key not in rules:
-            nearest = difflib.get_close_matches(key, rules, 1, cutoff=0)[0]
-            raise ValueError(f"{source}: unknown config key {key}: did you mean {nearest}? "
+            nearest = " or ".join(nearest_keys(key, rules))
+            raise ValueError(f"{source}: unknown config key {key}: "
+                             f"{f'did you mean {nearest}? ' * bool(nearest)}"
                              "config.yaml lists every key")
         section, _, leaf = key.rpartition(".")
         values = vars(config).setdefault(section, SimpleNamespace()) if section else config
         setattr(values, leaf, parse_value(f"{source}: config key {key}", text, rules[key].type))
     check_config(config)
     return config
+
+
+def nearest_keys(key: str, rules: Iterable[str]) -> list[str]:
+    """The keys that an unknown one probably stands for: of the same name in another section (such
+    as verl's `actor_rollout_ref.rollout.n`), or else spelt alike."""
+    same = [rule for rule in rules if rule.rpartition(".")[2] == key.rpartition(".")[2]]
+    inside = [rule for rule in same if key.endswith(f".{rule}")]
+    return inside or same or difflib.get_close_matches(key, rules, 1)
 
 
 def read_given(path: str | Path, overrides: Sequence[str]) -> dict[str, tuple[str | Path, str]]:

@@ -30,6 +30,7 @@ HERE = " in the current directory: run from the repository root, or give an abso
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant")
 CHAT_AS_TEXT = re.compile(r"(?s)\s*\[\s*{.*['\"](role|from)['\"]\s*:.*}[\s,]*\]\s*")
 OPEN_TAG = re.compile(r"(?s)<(think|thinking|reasoning)>(?!.*</\1>)|<(?!e(nd|o)|br|hr)\w+>\s*$")
+LAST_MESSAGE = "without the assistant's last message (taken for the solution)"
 TODAY = datetime(2024, 7, 26)  # for chat templates: what those of Llama 3 write without a clock
 
 Chat = tuple[tuple[str, str], ...]  # (role, content) of each message; a text is one of the user
@@ -265,7 +266,7 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
             seen.setdefault(chat, prompt)
         counts["rows"] += 1
         if end and (not data.answer_key or find_column(row, data.answer_key) is not None):
-            counts["without the assistant's last message (taken for the solution)"] += 1
+            counts[LAST_MESSAGE] += 1
         if first:
             counts["repeated"] += 1
             counts["with another answer"] += first.answer != prompt.answer
@@ -287,9 +288,12 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
                          f"data.max_prompt_length={longest} tokens: raise it, or leave this out")
     found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     plain = {"rows", "repeated", "with another answer"} if data.dedup else {"rows"}
+    keys = [key for key, name in (
+        ("data.dedup", "repeated"), ("data.answer_key", "with another answer"),
+        (f"data.overlong_prompts and data.max_prompt_length={longest}", "overlong"),
+        ("docs/DATA.md", LAST_MESSAGE)) if counts[name]]
     log(f"{source}: {len(prompts)} prompts of {found}" if counts.keys() <= plain else
-        f"warning: {source}: {len(prompts)} prompts of {found}: see data.dedup, data.answer_key, "
-        f"data.overlong_prompts and data.max_prompt_length={longest}")
+        f"warning: {source}: {len(prompts)} prompts of {found}: see {', '.join(keys)}")
     return prompts, counts
 
 

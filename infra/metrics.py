@@ -296,7 +296,8 @@ def print_report(config: SimpleNamespace, device: torch.device, progress: Progre
                 print(f"  {title:<8}{text!r}")
     if (best := best_validation(progress.history)) and Path(config.run_dir, "model_best").exists():
         print(f"\nmodel_best/ is the policy after step {best[0]}: {best[1]} {best[2]:.3f}")
-    models = ", model/ (merged) and adapter/" if config.model.lora_rank else " and model/"
+    found = sorted(path.name + "/" * path.is_dir() for path in Path(config.run_dir).iterdir()
+                   if not path.name.startswith("."))
     print(f"\nfinished step {config.total_training_steps}, {seconds:.0f} s after the start, with "
-          f"{peak_memory(device):.1f} GB of memory at most. {config.run_dir} has curves.png, "
-          f"metrics.jsonl, rollouts/, checkpoints/{models}")
+          f"{peak_memory(device):.1f} GB of memory at most. {config.run_dir} has "
+          f"{', '.join(found)}")

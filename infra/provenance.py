@@ -1,10 +1,14 @@
-"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit, a
-digest of each reward file, and the diff to the commit, which `git apply` takes as it is."""
+"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit,
+the forks that are applied, a digest of each reward file (a copy stands beside it), and the diff to
+the commit, which `git apply` takes as it is."""
 
 import ast
 import hashlib
+import json
 import re
+import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,22 +80,47 @@ def write_code(config: SimpleNamespace, step: int) -> str:
     if len(diff) > LONGEST_DIFF:
         names = "\n".join(re.findall("^diff --git .*", diff, re.MULTILINE))
         diff = f"the diff is left out: it has {len(diff)} characters\n{names}\n"
-    digests = "".join(f"{digest_file(Path(name))}  {name}\n" for name in reward_files(config))
+    digests = {name: digest_file(Path(name)) for name in reward_files(config)}
+    head = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    forks = "".join(f", {name} applied" for name in applied_forks()) if diff else ""
     folder.mkdir(exist_ok=True)
-    (folder / f"from_step_{step:05d}.patch").write_text(f"commit {commit}\n{digests}\n{diff}",
-                                                        "utf-8", "surrogateescape")
+    for name, digest in digests.items():
+        shutil.copyfile(name, folder / f"{digest[:12]}_{Path(name).name}")
+    (folder / f"from_step_{step:05d}.patch").write_text(
+        f"commit {commit}{forks}\n{head}\n{diff}", "utf-8", "surrogateescape")
     return describe_code(config.run_dir, step)
 
 
+def applied_forks() -> list[str]:
+    """The patches of forks/ that are applied, as far as git can tell: those that it could undo."""
+    found = []
+    for patch in sorted(ROOT.glob("forks/*.patch")):
+        with suppress(subprocess.SubprocessError):
+            _git("apply", "--check", "--reverse", str(patch))
+            found.append(f"forks/{patch.name}")
+    return found
+
+
 def describe_code(run_dir: str | Path, step: int) -> str:
-    """The commit of the launch that made a step, and which files differ from it; "" if unknown."""
+    """The commit of the launch that made a step, which files differ from it, and what the run
+    branches off; "" if unknown."""
     files = {int(file.stem.rpartition("_")[2]): file
              for file in Path(run_dir, "code").glob("from_step_*[0-9].patch")}
     if not (starts := [start for start in files if start <= step]):
         return ""
     text = files[max(starts)].read_text("utf-8", "replace")
     changed = re.findall(r"^diff --git a/(.*) b/", text, re.MULTILINE)
-    return text.partition("\n")[0] + (f", with changes in {', '.join(changed)}" if changed else "")
+    parts = [f"with changes in {', '.join(changed)}" * bool(changed), describe_branch(run_dir)]
+    return ", ".join(filter(None, [text.partition("\n")[0], *parts]))
+
+
+def describe_branch(run_dir: str | Path) -> str:
+    """Which run and step this run branches off; "" if it does not."""
+    file = Path(run_dir, "branch.json")
+    if not file.exists():
+        return ""
+    branch = json.loads(file.read_text("utf-8"))
+    return f"branch of {Path(branch['checkpoint']).parent.parent.name} after step {branch['step']}"
 
 
 def digest_file(path: Path) -> str:

@@ -160,7 +160,7 @@ def score_in(worker: Worker, tasks: Sequence[Task], timeout: float,
         status, reply = "error", f"the reward function's process died ({kill(worker)})"
     if isinstance(reply, str):
         kill(worker)
-        return [[failed_score(status, [1.0], reply)] * len(task.responses) for task in tasks]
+        return [[failed_score(status, reply)] * len(task.responses) for task in tasks]
     return [[Score(*values) for values in scores] for scores in reply]
 
 
@@ -220,4 +220,4 @@ async def try_to_score(function: Callable, tasks: Sequence[tuple],
             f"the reward function ended with {error!r:.300}")
         if isinstance(error.__cause__, MemoryError):
             return f"{message} (it has {MEMORY // 2**30} GiB of address space)"
-    return [[astuple(failed_score(status, [1.0], message))] * len(task.responses)]
+    return [[astuple(failed_score(status, message))] * len(task.responses)]

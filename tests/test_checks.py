@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import read_rows
 from transformers import AutoTokenizer
 
+import infra.checks
 from data_types import Prompt
-from infra.checks import check_first_prompt
+from infra.checks import check_first_prompt, check_launch
 from infra.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,31 @@ def test_a_prompt_beyond_the_embedding_is_one_line_before_the_first_step(start, 
         start(f"model.path={base}", "data.prompt_template=<new>{prompt}", *ONE_STEP)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     start(f"model.path={base}", *ONE_STEP)  # a token that no prompt has does no harm
+
+
+# ---- processes, prompts, validation ----
+
+@pytest.mark.parametrize("command, processes, told", [
+    ("accelerate launch --num_processes 2 train_dapo.py", 1, True),
+    ("accelerate launch --num_processes=2 train_dapo.py", 1, True),
+    ("accelerate launch --multi_gpu --num_processes 2 train_dapo.py", 2, False),
+    ("accelerate launch --num_processes 1 train_dapo.py", 1, False), ("bash", 1, False)])
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_told(
+        monkeypatch, command, processes, told):
+    parent = SimpleNamespace(cmdline=command.split)
+    monkeypatch.setattr(infra.checks.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    found = [*check_launch(processes)]
+    assert len(found) == told and all("asked for 2 processes and started one" in one for one in found)
+
+
+def test_prompts_that_repeat_within_a_step_and_equal_validation_responses_are_told(
+        start, tmp_path, capsys):
+    start(write_data(tmp_path, "1", "2", "3"), "val.max_prompts=2", "val.temperature=0", "val.n=2",
+          "total_training_steps=1")
+    found = warnings_of(capsys)
+    assert any(one.startswith("data.train_file has 3 prompts, fewer than data.train_batch_size=4")
+               for one in found)
+    assert any(one.startswith("val.temperature=0 with val.n=2: all responses") for one in found)
 
 
 # ---- what the data have already ----

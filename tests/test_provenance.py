@@ -1,6 +1,7 @@
 """A run knows its code: what it records, and resuming with other code."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from infra.config import flatten, load_config
 from infra.trackers import start_tracker
 
 STEPS = ["save_every=1", "val.file="]
+DIFF = """--- a/losses.py
++++ b/losses.py
+@@ -1,2 +1,2 @@
+ one
+-two
++three
+"""
 REWARD = "def score(response, ground_truth):\n    return len(response) % {number}\n"
 
 
@@ -96,6 +104,20 @@ def test_the_code_of_a_step_is_that_of_the_launch_which_made_it(repository, tmp_
     assert provenance.describe_code(tmp_path, 1) == ""
 
 
+def test_forks_that_are_applied_are_named(repository, tmp_path):
+    (repository / "losses.py").write_text("one\ntwo\n")
+    (repository / "forks").mkdir()
+    (repository / "forks/none.patch").write_text(DIFF.replace("losses", "rollout"))
+    (repository / "forks/some.patch").write_text(DIFF)
+    git(repository, "commit", "-qam", "two lines")
+    git(repository, "apply", "forks/some.patch")
+    commit = git(repository, "rev-parse", "HEAD")
+    said = f"commit {commit}, forks/some.patch applied, with changes in losses.py"
+    assert provenance.write_code(config_of(tmp_path), 1) == said
+    git(repository, "apply", "-R", "forks/some.patch")
+    assert provenance.write_code(config_of(tmp_path), 1) == f"commit {commit}"
+
+
 def test_what_a_run_does_not_depend_on_is_no_other_code(repository, tmp_path):
     config = config_of(tmp_path)
     earlier = provenance.code_digests(config)
@@ -143,9 +165,11 @@ def test_a_run_resumes_with_other_code_only_if_it_is_told_to(start, tmp_path, ca
     start(*named, "total_training_steps=2", "resume_with_other_code=true")
     assert f"step_00001 with other code: {file}\n" in capsys.readouterr().out
     start(*named, "total_training_steps=3")  # the newest checkpoint is of this code
-    assert [path.name for path in sorted((run_dir / "code").iterdir())] == [
+    assert [path.name for path in sorted((run_dir / "code").glob("*.patch"))] == [
         f"from_step_0000{step}.patch" for step in (1, 2, 3)]
-    assert f"  {file}\n" in (run_dir / "code/from_step_00002.patch").read_text()
+    text = (run_dir / "code/from_step_00002.patch").read_text()
+    digest = re.search(f"^(.*)  {file}$", text, re.MULTILINE)[1]
+    assert (run_dir / f"code/{digest[:12]}_own.py").read_text() == REWARD.format(number=4)
 
 
 def test_steps_that_are_trained_again_lose_the_code_of_before(start):
@@ -165,6 +189,9 @@ def test_a_branch_may_have_other_code_and_says_which(start, tmp_path):
     file.write_text(REWARD.format(number=4))
     run_dir = start(*named, "total_training_steps=2", f"resume={origin}/checkpoints/step_00001")
     assert json.loads((run_dir / "branch.json").read_text())["code"] == [str(file)]
+    assert provenance.describe_branch(run_dir) == "branch of origin after step 1"
+    assert provenance.describe_code(run_dir, 2).endswith(", branch of origin after step 1")
+    assert provenance.describe_branch(origin) == ""
 
 
 def test_a_tracker_gets_the_code_and_the_project(tmp_path):

@@ -44,17 +44,17 @@ def score(response, ground_truth, **row):
     return float(response == ground_truth) + row.get("bonus", 0)
 """
 FAILED = {
-    "hang": Score(0.0, -1.0, status="timeout", message="the reward function took more than 0.5 s"),
-    "die": Score(0.0, -1.0, status="error", message="the reward function's process died (3)"),
+    "hang": Score(0.0, 0.0, status="timeout", message="the reward function took more than 0.5 s"),
+    "die": Score(0.0, 0.0, status="error", message="the reward function's process died (3)"),
     "eat": Score(
         0.0,
-        -1.0,
+        0.0,
         status="error",
         message="the reward function raised MemoryError:  at "
         "mine.py:10 (it has 8 GiB of address space)",
     ),
     "fail": Score(
-        0.0, -1.0, status="error", message="the reward function raised KeyError: 'x' at mine.py:18"
+        0.0, 0.0, status="error", message="the reward function raised KeyError: 'x' at mine.py:18"
     ),
 }
 
@@ -148,9 +148,9 @@ def test_several_reward_functions_are_summed(name):
     assert good == Score(1.0, 3.0, "6", {"math/score": 1.0, "score/score": 4.0})
     assert bad == Score(0.0, 1.0, "7", {"math/score": -1.0, "score/score": 4.0})
     assert hung == Score(
-        0.0, -1.5, status="timeout", message="score: the reward function took more than 0.5 s"
+        0.0, 0.0, status="timeout", message="score: the reward function took more than 0.5 s"
     )
-    assert (failed.status, failed.score) == ("error", -1.5)
+    assert (failed.status, failed.score) == ("error", 0.0)
     with pytest.raises(ValueError, match="reward.name: math, math has one of them twice"):
         make_scorer(["math", "math"], [1.0, 1.0], 1, 5.0, examples({}))
 

@@ -12,9 +12,10 @@ import sampling
 from data_types import Group, Prompt, Score
 from infra.metrics import mean
 from infra.rng import make_rng
+from reward import failed_score
 from sampling import (describe_filter, draw_prompts, drop_reason, generation_batch_size,
-                      is_informative, keep_group, make_groups, prompt_at, select_groups,
-                      underfilled_message, update_counters)
+                      is_informative, keep_group, make_groups, prompt_at, score_responses,
+                      select_groups, underfilled_message, update_counters)
 
 PROMPTS = [Prompt(i, f"p{i}", [i], str(i), {}) for i in range(10)]
 
@@ -104,6 +105,24 @@ def test_a_reward_is_the_score_with_the_overlong_penalty(length, penalty):
     ([0.1 + 0.2, 0.3], False), ([1, 1 + 1e-6], True), ([-1.0, -1.0 - 0.25], True)])
 def test_a_group_is_informative_if_its_values_differ_by_more_than_rounding(values, informative):
     assert is_informative(values) is informative
+
+
+@pytest.mark.parametrize("scores, lowest", [
+    ([1.0, 0.0, None, 0.0], 0.0), ([1.0, -1.0, None, 1.0], -1.0), ([0.7, 0.3, None], 0.0),
+    ([-3.0, -8.0, None], -8.0)])
+def test_a_response_on_which_the_reward_function_fails_is_as_bad_as_the_worst(monkeypatch, scores,
+                                                                              lowest):
+    """A fixed value, such as -1, would make an all-wrong group of a 0/1 reward informative."""
+    judged = [failed_score("timeout", "late") if score is None else Score(None, score)
+              for score in scores]
+    monkeypatch.setattr(sampling, "map_over_ranks", lambda *_: [judged])
+    monkeypatch.setattr(sampling, "warn", lambda *_: None)
+    state = SimpleNamespace(accelerator=None, scorer=None,
+                            config=SimpleNamespace(reward=SimpleNamespace(timeout=1.0)))
+    (found,) = score_responses(state, [Prompt(0, "", [1], "", {})],
+                               [[make_response() for _ in scores]], "step 1")
+    assert [score.score for score in found] == [lowest if s is None else s for s in scores]
+    assert found[2].status == "timeout"
 
 
 def keeps(group: Group, metric: str, enable: bool = True) -> bool:
