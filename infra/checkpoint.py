@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 import uuid
 import warnings
@@ -39,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 
 from data_types import Evaluation, Progress, Prompt, TrainState
-from infra.config import config_diff, flatten, load_config, tell_launcher
+from infra.config import config_diff, escape_control, flatten, load_config, tell_launcher
 from infra.distributed import (is_sharded, iter_full_weights, map_over_ranks, raise_on_all_ranks,
                                warn)
 from infra.lora import full_adapters, save_adapter
@@ -287,9 +288,10 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
     one_line = isinstance(failure, SystemExit) and cause is not None
     lost = isinstance(failure, RuntimeError) and (
         isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure))
-    message = str(failure) if one_line else f"error: {failure!r}"
+    message = f"error: {escape_control(cause)}" if one_line else f"error: {failure!r}"
     if lost:
-        message = f"error: another rank has ended, or cannot be reached ({str(failure)[:200]})"
+        reason = textwrap.shorten(str(failure), 200)
+        message = f"error: another rank has ended, or cannot be reached ({reason})"
     saved = "".join(f". {path} is intact: the same command resumes from it"
                     for path in list_checkpoints(state.config.run_dir)[:1])
     alone = not one_line or isinstance(cause.__cause__, torch.OutOfMemoryError)
@@ -311,8 +313,7 @@ def end_after_failure(state: TrainState, failure: BaseException) -> NoReturn:
         state.engine.close()
     if not one_line:
         traceback.print_exception(failure)
-    tell_launcher(message + saved)
-    raise SystemExit(message + saved) from None
+    raise SystemExit(tell_launcher(message + saved)) from None
 
 
 def save_results(state: TrainState, progress: Progress, checkpoint: bool) -> None:

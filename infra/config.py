@@ -42,17 +42,18 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = f"error: {escape_control(error)}"
-        tell_launcher(message)
-        raise SystemExit(message) from error
+        raise SystemExit(tell_launcher(f"error: {escape_control(error)}")) from error
 
 
-def tell_launcher(message: str) -> None:
+def tell_launcher(message: str) -> str | int:
     """Give the launcher of several processes what its report of their end, which comes last, shall
-    say of this one."""
+    say of this one. Returns the argument of SystemExit: the message, which Python then prints; 1 on
+    other ranks, whose line is in that report; mostly it is the same on all."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+            return message if os.environ.get("RANK", "0") == "0" else 1
+    return message
 
 
 def escape_control(text) -> str:

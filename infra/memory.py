@@ -1,14 +1,11 @@
-"""What memory and disk a run will need, roughly (docs/SCALING.md is exact); running out of memory.
-"""
+"""What memory a run will need, roughly (docs/SCALING.md is exact); and running out of it."""
 
 import ctypes
 import os
 import resource
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -72,23 +69,6 @@ def report_memory(config: SimpleNamespace, accelerator: Accelerator, policy: tor
     most = max(sums, key=sums.get)
     if sums[most] > total:
         accelerator.print(f"warning: memory may not suffice to {most}: {REMEDIES[most]}")
-
-
-def report_disk(config: SimpleNamespace, accelerator: Accelerator, policy: torch.nn.Module,
-                save_dtype: torch.dtype) -> None:
-    """Print what the run's directory will take, and a warning if a new one's disk has less."""
-    each = 3 * sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
-    kept = config.keep_checkpoints + 1 if config.save_every else 1  # the newest is written first
-    models = 1 + config.save_best_model + (
-        config.total_training_steps // config.save_model_every if config.save_model_every else 0)
-    model, run_dir = policy.num_parameters() * save_dtype.itemsize, Path(config.run_dir).absolute()
-    needed = kept * each + models * model
-    free = shutil.disk_usage(next(path for path in run_dir.parents if path.exists())).free
-    accelerator.print(f"disk, about: {_size(needed)} (checkpoints {_size(each)} each, models "
-                      f"{_size(model)} each), of {_size(free)} that are free")
-    if needed > free and not run_dir.exists():
-        accelerator.print("warning: the disk may not suffice: lower keep_checkpoints, or name "
-                          "another run_dir")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,6 +1,6 @@
-"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit,
-the forks that are applied, a digest of each reward file (a copy stands beside it), and the diff to
-the commit, which `git apply` takes as it is."""
+"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit, a
+digest of each reward file, and the diff to the commit, which `git apply` takes as it is. Copies of
+the reward files, which git may not know, stand beside it."""
 
 import ast
 import hashlib
@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,23 +81,12 @@ def write_code(config: SimpleNamespace, step: int) -> str:
         diff = f"the diff is left out: it has {len(diff)} characters\n{names}\n"
     digests = {name: digest_file(Path(name)) for name in reward_files(config)}
     head = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-    forks = "".join(f", {name} applied" for name in applied_forks()) if diff else ""
     folder.mkdir(exist_ok=True)
     for name, digest in digests.items():
         shutil.copyfile(name, folder / f"{digest[:12]}_{Path(name).name}")
     (folder / f"from_step_{step:05d}.patch").write_text(
-        f"commit {commit}{forks}\n{head}\n{diff}", "utf-8", "surrogateescape")
+        f"commit {commit}\n{head}\n{diff}", "utf-8", "surrogateescape")
     return describe_code(config.run_dir, step)
-
-
-def applied_forks() -> list[str]:
-    """The patches of forks/ that are applied, as far as git can tell: those that it could undo."""
-    found = []
-    for patch in sorted(ROOT.glob("forks/*.patch")):
-        with suppress(subprocess.SubprocessError):
-            _git("apply", "--check", "--reverse", str(patch))
-            found.append(f"forks/{patch.name}")
-    return found
 
 
 def describe_code(run_dir: str | Path, step: int) -> str:

@@ -34,7 +34,7 @@ from infra.config import compute_dtype, longest_response, one_line_errors, split
 from infra.data import load_data
 from infra.distributed import is_sharded, iter_full_weights, raise_on_all_ranks
 from infra.lora import BasePolicy, add_adapters
-from infra.memory import keep_freed_memory, out_of_memory, report_disk, report_memory
+from infra.memory import keep_freed_memory, out_of_memory, report_memory
 from infra.packing import PACKED_ATTENTION, enable_packing, packing_kind
 from infra.precision import fp32_head
 from infra.reward_pool import make_scorer
@@ -96,7 +96,6 @@ def setup(config: SimpleNamespace, transformers_engine: Callable[..., Engine],
             accelerator.print(f"models are saved in {str(save_dtype)[6:]} (save_dtype)")
         report_memory(config, accelerator, policy, reference, is_sharded(accelerator),
                       uses_vllm(config))
-        report_disk(config, accelerator, policy, save_dtype)
     engine = make_engine(config, accelerator, policy, tokenizer, transformers_engine)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.actor.lr, fused=True,  # makes no copies

@@ -361,6 +361,7 @@ def test_what_a_launcher_prints_last_has_our_error_line(tmp_path):
         last = result.stderr.rstrip().rstrip("=").rstrip().splitlines()[-1]
         ours = last.removeprefix("  traceback : ")
         assert result.returncode == 1 and ours.startswith("error: command line: config key rollout.n")
+        assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == 1
         assert "Traceback" not in result.stderr or options != ["--quiet"]
 
 

@@ -53,28 +53,6 @@ def test_a_warning_says_what_to_lower_if_it_is_more_than_there_is(make_state, ca
     assert "may not suffice to generate: lower rollout.max_num_seqs" in capsys.readouterr().out
 
 
-def test_the_first_lines_say_what_disk_the_run_will_need(start, capsys):
-    """And the run then takes about that."""
-    run_dir = start("val.file=", "save_every=1", "total_training_steps=3", "save_rollouts=0",
-                    "save_model_every=2")
-    printed = capsys.readouterr().out
-    said = re.search(r"disk, about: (.*) MB \(checkpoints (.*) MB each, models (.*) MB each\), of "
-                     r".* GB that are free\n", printed)
-    needed, checkpoint, model = map(float, said.groups())
-    assert needed == pytest.approx(3 * checkpoint + 3 * model, abs=0.3)
-    sizes = [sum(file.stat().st_size for file in (run_dir / name).rglob("*")) / 1e6
-             for name in ("checkpoints/step_00003", "model", "")]
-    assert sizes[0] == pytest.approx(checkpoint, rel=0.1)
-    assert sizes[1] == pytest.approx(model, rel=0.05)
-    assert needed - checkpoint - model < sizes[2] < needed and "disk may not" not in printed
-
-
-def test_a_disk_that_is_too_small_is_told_before_the_first_step(make_state, capsys, monkeypatch):
-    monkeypatch.setattr(infra.memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    make_state()
-    assert "warning: the disk may not suffice: lower keep_checkpoints" in capsys.readouterr().out
-
-
 # ---- the estimate ----
 
 def parts(overrides=(), model=None, **kwargs):

@@ -12,13 +12,6 @@ from infra.config import flatten, load_config
 from infra.trackers import start_tracker
 
 STEPS = ["save_every=1", "val.file="]
-DIFF = """--- a/losses.py
-+++ b/losses.py
-@@ -1,2 +1,2 @@
- one
--two
-+three
-"""
 REWARD = "def score(response, ground_truth):\n    return len(response) % {number}\n"
 
 
@@ -102,20 +95,6 @@ def test_the_code_of_a_step_is_that_of_the_launch_which_made_it(repository, tmp_
     changed = f"commit {commit}, with changes in losses.py"
     assert provenance.describe_code(run_dir, 100_001) == changed
     assert provenance.describe_code(tmp_path, 1) == ""
-
-
-def test_forks_that_are_applied_are_named(repository, tmp_path):
-    (repository / "losses.py").write_text("one\ntwo\n")
-    (repository / "forks").mkdir()
-    (repository / "forks/none.patch").write_text(DIFF.replace("losses", "rollout"))
-    (repository / "forks/some.patch").write_text(DIFF)
-    git(repository, "commit", "-qam", "two lines")
-    git(repository, "apply", "forks/some.patch")
-    commit = git(repository, "rev-parse", "HEAD")
-    said = f"commit {commit}, forks/some.patch applied, with changes in losses.py"
-    assert provenance.write_code(config_of(tmp_path), 1) == said
-    git(repository, "apply", "-R", "forks/some.patch")
-    assert provenance.write_code(config_of(tmp_path), 1) == f"commit {commit}"
 
 
 def test_what_a_run_does_not_depend_on_is_no_other_code(repository, tmp_path):
