@@ -130,7 +130,7 @@ def nearest_keys(key: str, rules: Iterable[str]) -> list[str]:
     as verl's `actor_rollout_ref.rollout.n`), or else spelt alike."""
     same = [rule for rule in rules if rule.rpartition(".")[2] == key.rpartition(".")[2]]
     inside = [rule for rule in same if key.endswith(f".{rule}")]
-    return inside or same or difflib.get_close_matches(key, rules, 1)
+    return inside or same or difflib.get_close_matches(key, rules, 1, cutoff=0.8)
 
 
 def read_given(path: str | Path, overrides: Sequence[str]) -> dict[str, tuple[str | Path, str]]:
@@ -280,13 +280,14 @@ def check_config(config: SimpleNamespace) -> None:
         "n", "temperature", "top_p", "max_response_length") and isinstance(value, str)
                and len(value.split(",")) != sets]
     urls = [re.fullmatch(r"https?://[^/,\s]+", url) for url in rollout.server_urls.split(",")]
-    for is_wrong, problem in [
+    problems = [problem for is_wrong, problem in [
         (buffer.enable and buffer.len > data.max_response_length,
          f"overlong_buffer.len={buffer.len} is longer than data.max_response_length="
          f"{data.max_response_length}: every response would be penalised; make it smaller"),
         (responses % actor.ppo_mini_batch_size,
          f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} does not divide the {responses} "
-         "responses of a step (data.train_batch_size * rollout.n): set it to a divisor of them"),
+         "responses of a step (data.train_batch_size * rollout.n): set it to a divisor of them, "
+         f"such as {math.gcd(responses, actor.ppo_mini_batch_size)}"),
         (config.filter_groups.enable and 0 < most < data.train_batch_size,
          f"filter_groups.max_num_gen_batches * data.gen_batch_size = {most} prompts can never "
          f"fill data.train_batch_size={data.train_batch_size}: raise one of the two"),
@@ -314,6 +315,6 @@ def check_config(config: SimpleNamespace) -> None:
          "--tensor-parallel-size to the server instead"),
         (0 < actor.clip_ratio_c <= 1,
          f"actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, or 0 (off)"),
-    ]:
-        if is_wrong:
-            raise ValueError(problem)
+    ] if is_wrong]
+    if problems:
+        raise ValueError("; and ".join(problems))
