@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_types import Task
-from infra.config import read_rules
+from infra.config import embedded_task_warning, load_config, read_rules
 from infra.reward_function import load_reward_function, score_task
 
 pytestmark = pytest.mark.house
@@ -94,6 +94,13 @@ def test_the_readmes_own_data_example_runs(start, tmp_path):
     (tmp_path / "mine.jsonl").write_text(row + "\n")
     run_dir = start(f"data.train_file={tmp_path / 'mine.jsonl'}", *shlex.split(overrides))
     assert json.loads((run_dir / "metrics.jsonl").read_text())["step"] == 1
+
+
+def test_the_readmes_recipe_sets_every_key_that_fits_the_embedded_task_only(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(re.search("```yaml\n(.*?)```", README, re.DOTALL)[1])
+    assert load_config(recipe).data.train_batch_size == 32
+    assert embedded_task_warning(recipe) == ""
 
 
 def test_the_readmes_figures_are_those_of_the_results_file():
