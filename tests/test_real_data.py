@@ -247,7 +247,8 @@ def test_the_recipes_print_no_warning_on_data_as_published(recipe, tiny_qwen, gs
     config = load_config(f"configs/{recipe}.yaml", [
         f"model.path={tiny_qwen}", f"data.train_file={train}", f"val.file={val}",
         "mixed_precision=no", "rollout.tensor_parallel_size=1", "data.max_prompt_length=900",
-        "data.max_response_length=100", "overlong_buffer.len=20", f"run_dir={tmp_path / 'run'}"])
+        "data.max_response_length=100", "overlong_buffer.len=20", f"run_dir={tmp_path / 'run'}",
+        "data.train_batch_size=16", "actor.ppo_mini_batch_size=64"])
     setup(config, transformers_engine)
     out, err = capsys.readouterr()
     found = [line for line in (out + err).splitlines() if "warning" in line.lower()]

@@ -774,7 +774,8 @@ def test_the_phases_add_up_to_the_time_of_a_step(make_state, monkeypatch, train_
 def test_a_run_leaves_everything_that_it_promises(start, capsys):
     run_dir = start("save_rollouts=1", "val.every=1", curves=True)
     out = capsys.readouterr().out
-    for expected in ("before", "after", "avg@2", "level 9", f"{run_dir} has curves.png"):
+    for expected in ("before", "after", "avg@2", "level 9",
+                     f"{run_dir} has checkpoints/, code/, config.yaml, curves.png"):
         assert expected in out
     assert "runs/" not in out
     rows = read_rows(run_dir)
