@@ -55,7 +55,8 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path | io.BytesIO,
             nearest = difflib.get_close_matches(pattern, match_metrics(runs, ["*"]), cutoff=0)
             raise ValueError(f"--metrics {pattern!r} matches no metric of {', '.join(runs)}; "
                              f"nearest: {', '.join(nearest) or 'none was recorded'}")
-    panels = {pattern: (pattern,) for pattern in metrics} or PANELS
+    panels = {pattern: (pattern,) for pattern in metrics} or {
+        title: names for title, names in PANELS.items() if match_metrics(runs, names)} or PANELS
     columns = min(3 if step is None else 1, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3 * lines + 0.4), layout="constrained")

@@ -144,7 +144,9 @@ METRIC_WORDS = {"acc": "accuracy (score, if the reward function returns no accur
 
 def drop_reason(group: Group, metric: str) -> str:
     """The words of the first rule that drops the group, "" if none does."""
-    return next((words.format(metric=metric) for words, rule in DROP_RULES.items()
+    is_score = metric == "acc" and any(score.acc is None for score in group.scores)
+    shown = "score" if is_score else {"acc": "accuracy"}.get(metric, metric)
+    return next((words.format(metric=shown) for words, rule in DROP_RULES.items()
                  if rule(group, metric)), "")
 
 

@@ -66,8 +66,9 @@ def check_run_dir(config: SimpleNamespace) -> None:
     hint = f"name another, for instance {unused}"
     origin, needed = named or recorded, not checkpoints or named not in (None, recorded)
     if origin and needed and not (origin / "progress.json").exists():
-        raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; or "
-                         f"{hint}")
+        found = [*list_checkpoints(origin), *list_checkpoints(origin.parent.parent)]
+        raise ValueError(f"resume: {origin} is not a checkpoint's directory, auto or never; "
+                         f"{f'{found[0]} is one' if found else f'or {hint}'}")
     if (rows or checkpoints) and (config.resume == "never" or (named and named != recorded)):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run; {hint}")
     sources = checkpoints or [path for path in (named or recorded,) if path]
@@ -77,9 +78,6 @@ def check_run_dir(config: SimpleNamespace) -> None:
                                      or (run_dir / "model").exists()):
         raise ValueError(f"run_dir: {run_dir} holds an earlier run, without a checkpoint to resume "
                          f"from; {hint}")
-    if step >= config.total_training_steps:
-        raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
-                         f"{config.total_training_steps} to train on, or {hint}")
     earlier = {}  # a new directory: a run that branches off may change any key
     if checkpoints and metadata:
         earlier = metadata["config"]
@@ -90,10 +88,13 @@ def check_run_dir(config: SimpleNamespace) -> None:
         branch = f"; or branch off: resume={checkpoints[0]} {unused}" if may_branch else ""
         raise ValueError(f"{(checkpoints or [run_dir])[0]} has another config "
                          f"({', '.join(changed)}): undo that; {hint}{branch}")
+    if step >= config.total_training_steps:
+        raise ValueError(f"{sources[0]} is finished, with {step} steps; raise total_training_steps="
+                         f"{config.total_training_steps} to train on, or {hint}")
     files = changed_code((metadata or {}).get("code", {}), config) if checkpoints else []
     if files and not config.resume_with_other_code:
-        raise ValueError(f"{checkpoints[0]} is of other code ({', '.join(files)} differ; diffs "
-                         f"are in {run_dir}/code/): undo that; {hint}; branch off: resume="
+        raise ValueError(f"{checkpoints[0]} is of other code ({', '.join(files)} differ from "
+                         f"{run_dir}/code/): undo that; {hint}; branch off: resume="
                          f"{checkpoints[0]} {unused}; or resume with resume_with_other_code=true")
 
 
@@ -243,7 +244,7 @@ def prepare_run_dir(accelerator: Accelerator, config: SimpleNamespace, progress:
                     file.unlink()
             resolved = json.loads(json.dumps(config, default=vars))
             write_atomic(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-            code = write_code(config, max(step, 0) + 1)
+            code = write_code(config, max(step, 0) + 1, progress.identity["data"])
     accelerator.print(f"code: {code}")
     start_tracker(accelerator, config, code, resumed=bool(checkpoint) and not branch)
 

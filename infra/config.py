@@ -152,6 +152,9 @@ def read_nodes(path: str | Path) -> dict[str, yaml.Node]:
     try:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: --config names config.yaml, or a recipe "
+                         "such as those in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):

@@ -284,8 +284,9 @@ def load_prompts(source: str, tokenizer, data: SimpleNamespace, max_prompts: int
         if len(prompts) == max_prompts:
             break
     if not prompts:
-        raise ValueError(f"{source}: none of {counts['rows']} rows is a new prompt of at most "
-                         f"data.max_prompt_length={longest} tokens: raise it, or leave this out")
+        raise ValueError(f"{source}: no prompt is left of {counts['rows']} rows: "
+                         f"{counts['repeated']} are repeated, {counts['overlong']} longer than "
+                         f"data.max_prompt_length={longest} tokens: raise it, or name another file")
     found = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     plain = {"rows", "repeated", "with another answer"} if data.dedup else {"rows"}
     keys = [key for key, name in (

@@ -125,15 +125,17 @@ def stop_on_signal(accelerator: Accelerator) -> Iterator[list[int]]:
     accelerator's trigger: the run ends after the current step. A second Ctrl-C raises
     KeyboardInterrupt. Gives the numbers of the signals that this process has received."""
     received = []
-    message = ("\nfinishing this step, then saving; Ctrl-C again stops at once (under `accelerate "
-               f"launch`, which has returned by then: kill -INT {os.getpid()})\n").encode()
+    at_once = ("; Ctrl-C again stops at once (under `accelerate launch`, which has returned by "
+               f"then: kill -INT {os.getpid()})")
 
     def on_signal(number: int, _) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         received.append(number)
         accelerator.set_trigger()
         if accelerator.is_main_process:
-            os.write(2, message)  # print is not safe in a signal handler
+            name = signal.Signals(number).name
+            how = at_once if number == signal.SIGINT else ""
+            os.write(2, f"\n{name}: finishing this step, then saving{how}\n".encode())  # no print
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                if hasattr(signal, name)]  # Windows has not all

@@ -1,6 +1,6 @@
-"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit, a
-digest of each reward file, and the diff to the commit, which `git apply` takes as it is. Copies of
-the reward files, which git may not know, stand beside it."""
+"""Which code made a run: RUN_DIR/code/from_step_00001.patch, one for each launch, has the commit,
+digests of reward files and training data, and the diff to the commit, which `git apply` takes as it
+is. Copies of the reward files, which git may not know, stand beside it."""
 
 import ast
 import hashlib
@@ -73,14 +73,16 @@ def code_version(config: SimpleNamespace) -> tuple[str, str]:
     return commit, diff
 
 
-def write_code(config: SimpleNamespace, step: int) -> str:
-    """Write the file of a launch that begins with this step; returns `describe_code` of it."""
+def write_code(config: SimpleNamespace, step: int, data: str = "") -> str:
+    """Write the file of a launch that begins with this step, with the digest of its `data`; returns
+    `describe_code` of it."""
     folder, (commit, diff) = Path(config.run_dir, "code"), code_version(config)
     if len(diff) > LONGEST_DIFF:
         names = "\n".join(re.findall("^diff --git .*", diff, re.MULTILINE))
         diff = f"the diff is left out: it has {len(diff)} characters\n{names}\n"
     digests = {name: digest_file(Path(name)) for name in reward_files(config)}
     head = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    head += f"{data}  the prompts and answers of {config.data.train_file}\n" * bool(data)
     folder.mkdir(exist_ok=True)
     for name, digest in digests.items():
         shutil.copyfile(name, folder / f"{digest[:12]}_{Path(name).name}")

@@ -58,6 +58,11 @@ def load_reward_function(name: str, example_rows: Sequence[dict] = ()) -> Callab
             or inspect.isasyncgenfunction(function)):
         raise ValueError(f"reward.name: {name} is a class, has a `yield`, or does not tell its "
                          "arguments: name a function that returns a score, or an object")
+    first, *others = [*signature_of(function).parameters, ""]
+    if "ground_truth" in others[1:] or first in ("data_source", "prompt", "prompts"):
+        raise ValueError(f"reward.name: {name} takes ({', '.join([first, *others[:-1]])}), but is "
+                         "called as function(response, ground_truth, **columns): write a function "
+                         "around it (docs/REWARDS.md has one for verl's compute_score)")
     for row in example_rows:
         keyword_arguments(function, row)
     return function
@@ -176,7 +181,10 @@ def to_score(value) -> Score:
         raise ValueError(f"the reward function returned {repr(value)[:200]}: a number, a dict with "
                          "`score`, or a Score is expected (a list only if its first argument is "
                          "called `responses`: it then gets all responses of a prompt)") from None
-    for name, number in {"score": score, "acc": acc, **extra}.items():
+    if acc is not None and not 0 <= acc <= 1:
+        raise ValueError(f"the reward function returned acc={acc}: correct (1) or not (0), or a "
+                         "number between, is expected")
+    for name, number in {"score": score, **extra}.items():
         if isinstance(number, float) and not abs(number) <= LARGEST:  # nan is not
             raise ValueError(f"the reward function returned {name}={number}: a finite number of at "
                              f"most {LARGEST:g} is expected")

@@ -93,6 +93,8 @@ def read_metrics(run_dir: str | Path, log: Callable[[str], None] = lambda line: 
     """The rows of a run's metrics.jsonl. `log` gets a warning of what cannot be read, but for the
     last row, which may be half written."""
     path, rows, unread = Path(run_dir) / "metrics.jsonl", [], []
+    if not path.exists():
+        raise ValueError(f"{path}: no such file: name the directory of a run")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         rest = line.strip()

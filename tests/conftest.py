@@ -40,6 +40,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless pytest is given --slow")
     config.addinivalue_line("markers", "house: guards this repository's own sizes, documents and "
                             "forks; `-m \"not house\"` is for a fork of yours")
+    config.addinivalue_line("markers", "dapo: states DAPO's own numbers, which another loss, "
+                            "advantage or filter changes")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -89,7 +89,7 @@ def write_reward(tmp_path, body):
         ),
         (
             ["data.max_prompt_length=2"],
-            "error: toy/train.jsonl: none of 5000 rows is a new prompt of at most data.max_prompt_length=2 tokens",
+            "error: toy/train.jsonl: no prompt is left of 5000 rows: 0 are repeated, 5000 longer than data.max_prompt_length=2 tokens",
         ),
         (
             ["data.prompt_key=task"],
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_said_before_a_run_begins(start, tmp_path, overrides, m
             "data.jsonl:2: a JSON object .* is expected",
         ),
         ([{"prompt": "a1 b+1?"}], "data.jsonl:1: no single text or number in 'reward_model.ground_truth,"),
-        ([], "data.jsonl: none of 0 rows is"),
+        ([], "data.jsonl: no prompt is left of 0 rows"),
     ],
 )
 def test_bad_data_is_named_with_its_line(start, tmp_path, data, rows, message):
@@ -190,6 +190,7 @@ def test_a_risky_config_is_warned_about(start, capsys):
     )
 
 
+@pytest.mark.dapo
 def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
     def interrupt_twice(*_):
         signal.raise_signal(signal.SIGINT)

@@ -421,6 +421,8 @@ def test_a_finished_run_is_not_run_for_zero_steps(start, saved):
         with pytest.raises(SystemExit, match="is finished, with 2 steps; raise total_training_steps"
                                              f"={steps} to train on, or name another"):
             start(*SAVED, f"total_training_steps={steps}")
+    with pytest.raises(SystemExit, match="has another config .*n: 4 -> 8"):  # at once, not later
+        start(*SAVED, "total_training_steps=2", "rollout.n=8")
 
 
 def test_a_run_is_not_overwritten(start, saved):
@@ -431,6 +433,9 @@ def test_a_run_is_not_overwritten(start, saved):
         start(f"resume={saved / 'checkpoints/step_00001'}")
     with pytest.raises(SystemExit, match="resume: .*nowhere is not a checkpoint's directory"):
         start("resume=nowhere")
+    for path in (saved, saved / "checkpoints/step_00007"):  # of a run, and one that is gone
+        with pytest.raises(SystemExit, match="directory, auto or never; .*/step_00002 is one"):
+            start(f"resume={path}", f"run_dir={saved}-2")
 
 
 # ---- branching off -------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def test_several_files_are_one(tmp_path, tokenizer):
         f"{a}: 2 prompts of 2 rows",
         f"{b}: 1 prompts of 2 rows, 1 repeated",
     ]
-    with pytest.raises(ValueError, match="none of 2 rows is a new prompt .*leave this out"):
+    with pytest.raises(ValueError, match="no prompt is left of 2 rows: .*name another file"):
         load_all(tokenizer, f"data.train_file={a},{a}", "val.file=", "data.dedup=true")
 
 
@@ -338,11 +338,11 @@ GOOD = {"prompt": "a1", "answer": "1"}
             ":2: the prompt cannot be tokenized .*fix the row, or data.chat",
         ),
         ([GOOD, "x" * 10_000_000], ":2: a JSON object in UTF-8 of at most 4 MiB .*fix or delete"),
-        ([], ": none of 0 rows is a new prompt"),
-        (["", "  "], ": none of 0 rows is a new prompt"),
+        ([], ": no prompt is left of 0 rows"),
+        (["", "  "], ": no prompt is left of 0 rows"),
         (
             [{"prompt": "a" + "1" * 99, "answer": "1"}],
-            ": none of 1 rows is a new prompt of at most data.max_prompt_length=64 tokens: raise it",
+            ": no prompt is left of 1 rows: 0 are repeated, 1 longer than data.max_prompt_length=64 tokens: raise it",
         ),
     ],
 )

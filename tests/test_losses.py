@@ -8,6 +8,7 @@ import torch
 from losses import (LOG_RATIO_LIMIT, Stat, aggregate, group_advantages, importance_weights,
                     kl_penalty, policy_loss)
 
+pytestmark = pytest.mark.dapo
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 

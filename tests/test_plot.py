@@ -105,7 +105,7 @@ def test_metrics_that_a_run_lacks_are_not_drawn(make_run_dir, draw):
     )
     panels = draw(full, old)
     assert curves(panels["reward"]) == [([], []), ([1], [1.0])]
-    assert curves(panels["gradient norm"]) == []
+    assert "gradient norm" not in panels
     draw(make_run_dir("no_step_yet", []))
 
 
@@ -133,7 +133,7 @@ def test_an_unknown_metric_is_one_line_with_the_nearest_names(make_run_dir, draw
 def test_a_directory_that_is_no_run_and_a_broken_line_are_named_and_a_half_written_last_line_is_not(
     make_run_dir, draw, tmp_path, capsys
 ):
-    with pytest.raises(SystemExit, match="error: .*No such file.*nothing/metrics.jsonl"):
+    with pytest.raises(SystemExit, match="nothing/metrics.jsonl: no such file: name the directory of"):
         draw(str(tmp_path / "nothing"))
     run = make_run_dir("a", TWO_SETS)
     with open(f"{run}/metrics.jsonl", "a") as file:

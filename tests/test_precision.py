@@ -65,6 +65,7 @@ def test_gradients_that_no_scale_makes_finite_end_the_run_in_one_line(make_state
     assert same_weights(state, before)
 
 
+@pytest.mark.dapo
 def test_a_resumed_run_has_the_scale_and_is_the_same_to_the_bit(start, tmp_path, monkeypatch):
     planted(monkeypatch, init_scale=2.0**22, growth_interval=3)  # overflows, and grows again
     common = [FP16, "val.file=", "save_every=1"]

@@ -100,6 +100,7 @@ def real(tiny_qwen, gsm8k, tmp_path, *more):
     ]
 
 
+@pytest.mark.dapo
 def test_real_steps_on_the_real_file(start, tiny_qwen, gsm8k, tmp_path, capsys):
     run_dir = start(*real(tiny_qwen, gsm8k, tmp_path), config=RECIPE)
     out = capsys.readouterr().out
@@ -178,6 +179,7 @@ def test_the_math_reward_on_a_random_model_skips_steps_and_says_why(
         )
 
 
+@pytest.mark.dapo
 def test_aime_as_published_and_gsm8k_train_side_by_side(start, tiny_qwen, gsm8k, tmp_path, capsys):
     """AIME in verl's layout, in Parquet, each problem 32 times, with as much of GSM8K; both validate."""
     from datasets import Dataset

@@ -493,10 +493,10 @@ def test_rewards_import_no_torch():
 # ---- reward functions of one's own ----
 
 
-def write_reward(tmp_path, body, arguments="response, ground_truth, **row"):
+def write_reward(tmp_path, body, arguments="response, ground_truth, **row", rows=()):
     path = tmp_path / "mine.py"
     path.write_text(f"def score({arguments}):\n    {body}\n")
-    return load_reward_function(f"{path}:score")
+    return load_reward_function(f"{path}:score", rows)
 
 
 def scores_of(function, responses=("",), ground_truth="", row=None):
@@ -578,6 +578,18 @@ def test_a_reward_gets_the_columns_that_it_names(tmp_path):
     assert scores_of(function, row={"ground_truth": 4}) == [Score(None, 1.0)]
 
 
+@pytest.mark.parametrize("arguments", [
+    "data_source, solution_str, ground_truth, extra_info=None", "prompts, completions, **kwargs",
+    "prompt, response, ground_truth", "response, data_source, ground_truth"])
+def test_arguments_in_another_order_are_refused_even_if_the_data_have_such_columns(tmp_path,
+                                                                                   arguments):
+    """verl's and TRL's: the response would be taken for the data source."""
+    row = dict.fromkeys(["data_source", "prompt", "ground_truth", "answer"], "x")
+    with pytest.raises(ValueError, match="is called as function.response, ground_truth, .*columns.: "
+                                         "write a function around it"):
+        write_reward(tmp_path, "return 1.0", arguments, [row])
+
+
 def test_a_reward_may_call_its_arguments_what_it_likes(tmp_path):
     function = write_reward(tmp_path, "return float(text == answer)", "text, answer, **row")
     assert scores_of(function, ["6"], "6", {"text": "5", "answer": "so 6"}) == [Score(None, 1.0)]
@@ -588,6 +600,8 @@ def test_a_reward_may_call_its_arguments_what_it_likes(tmp_path):
     [
         ("return float('nan')", "returned score=nan"),
         ("return float('inf')", "returned score=inf"),
+        ("return {'score': 1, 'acc': 50}", "returned acc=50.0: correct .1. or not .0., or a number"),
+        ("return {'score': 1, 'acc': float('nan')}", "returned acc=nan: correct"),
         ("return 1e300", "returned score=1e.300: a finite number of at most 1e.09 is expected"),
         ("return {'score': 1, 'c': float('nan')}", "returned c=nan"),
         ("return {'score': 1, 'acc': float('nan')}", "returned acc=nan"),

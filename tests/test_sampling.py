@@ -129,6 +129,7 @@ def keeps(group: Group, metric: str, enable: bool = True) -> bool:
     return keep_group(group, SimpleNamespace(enable=enable, metric=metric))
 
 
+@pytest.mark.dapo
 def test_the_filter_looks_at_the_metric_that_is_named():
     scores = [Score(0.0, -1.0), Score(0.0, -1.0)]
     group = Group(PROMPTS[0], [make_response()] * 2, scores, rewards=[-1.0, -1.5],
@@ -147,13 +148,16 @@ def test_a_rule_of_ones_own_is_quoted_wherever_the_filter_is_described(monkeypat
     filtering = SimpleNamespace(enable=True, metric="acc")
     assert [keep_group(group, filtering) for group in groups] == [False, True, False, False]
     assert [drop_reason(group, "acc") for group in groups[:3]] == [
-        "its mean acc is above 0.6", "", "all of its responses have the same acc"]
+        "its mean accuracy is above 0.6", "", "all of its responses have the same accuracy"]
+    unstated = make_group(0, PROMPTS[0], [Score(None, 0.2), Score(None, 0.2)])
+    assert drop_reason(unstated, "acc") == "all of its responses have the same score"
     assert describe_filter(filtering).endswith(  # a fork may have rules before this one
         ", or if its mean accuracy (score, if the reward function returns no accuracy) is above 0.6")
     assert message([1, 1, 1, 0], [1, 1, 0, 1], [0, 0], kept=[[1, 0]]).endswith(
-        ": in 2 groups its mean acc is above 0.6: use other prompts, or change sampling.DROP_RULES")
+        ": in 2 groups its mean accuracy is above 0.6: use other prompts, or change sampling.DROP_RULES")
 
 
+@pytest.mark.dapo
 def test_without_an_accuracy_the_filter_compares_scores():
     differ = make_group(0, PROMPTS[0], [Score(None, 0.2), Score(None, 0.7)])
     same = make_group(0, PROMPTS[0], [Score(None, 0.2), Score(None, 0.2)])

@@ -73,6 +73,7 @@ def tags(page: Path) -> list:
 
 # ---- what a run saves ----
 
+@pytest.mark.dapo
 def test_a_run_saves_the_figures_of_each_token_and_its_page_is_written(start, monkeypatch):
     """Those of the last epoch, in which the first updates have changed the policy."""
     run_dir = start("total_training_steps=1", "val.file=", "actor.ppo_epochs=2", "save_rollouts=4",
@@ -135,7 +136,7 @@ def test_groups_of_a_skipped_step_say_why_and_other_metrics_are_named(start, fak
     run_dir = start("total_training_steps=1", "val.file=", "save_rollouts=3",
                     "filter_groups.max_num_gen_batches=1", "filter_groups.at_limit=skip")
     reasons = [record["dropped"] for record in read_rollouts(run_dir, 1)]
-    same = "all of its responses have the same acc"
+    same = "all of its responses have the same accuracy"
     assert reasons[::4] == [same, "step skipped", same]
     assert not (run_dir / "rollouts/dropped_00001.jsonl").exists()
 

@@ -115,18 +115,26 @@ def test_the_gradient_is_the_same_for_one_micro_batch_and_for_five(make_state, m
     assert len(micro_batches(mini_batch, 120)) >= 5
     (one, metrics), (five, metrics_of_five) = results
     assert one.abs().max() > 1e-3
-    assert metrics["actor/clip_frac_high"] > 0 and metrics["actor/clip_frac_low"] > 0
     assert (one - five).abs().max() < 1e-6
     # The logged loss is the whole step's.
     assert metrics == pytest.approx(metrics_of_five, rel=1e-9, abs=1e-9)
-    if not extras:  # and is that of the whole mini-batch in one piece, with counts of its own
-        batch = collate(mini_batch, pad_id=0)
-        logprobs, _ = response_logprobs(state.policy, batch)
-        loss, _ = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
-                              state.config.actor.clip_ratio_low,
-                              state.config.actor.clip_ratio_high, 3.0)
-        whole = aggregate(loss, batch["mask"], mode).item()
-        assert whole == pytest.approx(metrics["actor/loss"], abs=1e-9)
+
+
+@pytest.mark.dapo
+@pytest.mark.parametrize("mode", MODES)
+def test_the_logged_loss_is_that_of_the_equations(make_state, mode):
+    """Of the whole mini-batch in one piece, with counts of its own."""
+    state, prompts = make_state(f"actor.loss_agg_mode={mode}", "actor.clip_ratio_c=3",
+                                "actor.max_tokens_per_micro_batch=120", double=True)
+    mini_batch, actor = make_mini_batch(state, prompts), state.config.actor
+    batch = collate(mini_batch, pad_id=0)
+    logprobs, _ = response_logprobs(state.policy, batch)
+    loss, _ = policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
+                          actor.clip_ratio_low, actor.clip_ratio_high, 3.0)
+    _, metrics = gradient(state, mini_batch)
+    assert metrics["actor/clip_frac_high"] > 0 and metrics["actor/clip_frac_low"] > 0
+    assert aggregate(loss, batch["mask"], mode).item() == pytest.approx(metrics["actor/loss"],
+                                                                        abs=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -171,6 +179,7 @@ def test_neither_packing_nor_padding_changes_a_logprob(make_state, attention):
 
 # ---- statistics of the loss ----
 
+@pytest.mark.dapo
 def test_a_statistic_that_the_loss_returns_is_logged_by_itself(make_state, train_on, monkeypatch):
     """With its reduction, over the tokens in the loss of all micro-batches of all mini-batches; a
     removed one is absent."""
@@ -245,6 +254,7 @@ def test_an_edit_of_the_advantages_may_return_a_value_per_token(start, monkeypat
     assert read_rows(run_dir)[-1]["actor/grad_norm"] > 0
 
 
+@pytest.mark.dapo
 def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(start, monkeypatch):
     original = train_dapo.compute_advantages
     monkeypatch.setattr(train_dapo, "compute_advantages", lambda *args: [
@@ -256,6 +266,7 @@ def test_the_advantages_in_the_rollout_files_are_those_that_were_trained_on(star
     assert [record["advantage"] for record in records] == pytest.approx(expected.tolist())
 
 
+@pytest.mark.dapo
 def test_overlong_filtering_masks_truncated_responses_but_counts_them_in_the_group(make_state):
     state, prompts = make_state("algorithm.overlong_filtering=true")
     group = make_group(0, prompts[0], [0, 1])
@@ -318,6 +329,7 @@ def test_an_update_makes_good_responses_likelier_and_bad_ones_less_likely(make_s
     assert good > 1 and bad < -1
 
 
+@pytest.mark.dapo
 def test_the_first_update_after_a_rollout_is_exactly_on_policy(make_state, train_on):
     """One mini-batch, however it is split: ratio 1 and nothing clipped, exactly, and no forward
     pass for old log-probs."""
@@ -378,6 +390,7 @@ def test_by_default_old_logprobs_are_recomputed_unless_the_sampler_is_the_traine
     assert passes == [False] * recomputed + [True, True]
 
 
+@pytest.mark.dapo
 def test_the_samplers_logprobs_train_the_same_policy_as_recomputed_ones(start):
     rows, weights = [], []
     for chosen in ("auto", "recompute"):
@@ -554,6 +567,7 @@ def test_a_full_batch_is_clipped_to_the_first_groups(make_state, train_steps, fa
 SHORT = ["data.max_response_length=8", "overlong_buffer.len=5"]  # a penalty beyond 3 tokens
 
 
+@pytest.mark.dapo
 def test_the_filter_is_on_accuracy_while_the_shaped_reward_is_trained(
         make_state, train_steps, fake_rollouts):
     """Shaped rewards differ even if all answers are wrong: a filter on them would keep all."""
@@ -570,6 +584,7 @@ def test_the_filter_is_on_accuracy_while_the_shaped_reward_is_trained(
 
 @pytest.mark.parametrize("metric, trained", [
     ("acc", 0), ("score", 0), ("seq_reward", 4), ("seq_final_reward", 4)])
+@pytest.mark.dapo
 def test_each_filter_metric_is_used(make_state, train_steps, fake_rollouts, metric, trained):
     state, prompts = make_state("total_training_steps=1", f"filter_groups.metric={metric}",
                                 "filter_groups.max_num_gen_batches=1", *SHORT)
@@ -578,6 +593,7 @@ def test_each_filter_metric_is_used(make_state, train_steps, fake_rollouts, metr
     assert step.metrics["groups/trained"] == trained
 
 
+@pytest.mark.dapo
 def test_a_reward_without_an_accuracy_trains_with_the_default_filter(
         make_state, train_steps, fake_rollouts):
     state, prompts = make_state("total_training_steps=1")
@@ -818,6 +834,7 @@ def test_the_same_seed_gives_the_same_run(make_state, train_steps):
     assert logged(0) == logged(0) != logged(1)
 
 
+@pytest.mark.dapo
 def test_every_option_at_once_runs(start):
     run_dir = start("actor.ppo_epochs=2", "actor.use_kl_loss=true",
                     "algorithm.use_kl_in_reward=true", "actor.entropy_coeff=0.01",
