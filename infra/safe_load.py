@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = {(METADATA, name) for name in (
@@ -19,12 +19,21 @@ ALLOWED = {(METADATA, name) for name in (
     ("collections", "OrderedDict")}
 
 
+def get_member(enum: Any, name: str) -> Any:
+    """`getattr` for the one enum of a checkpoint's metadata. Raises ValueError for others."""
+    if enum is not _MEM_FORMAT_ENCODING or name not in enum.__members__:
+        raise ValueError(".metadata calls getattr, which no checkpoint needs: refused")
+    return enum[name]
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Of a checkpoint's file `.metadata`."""
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in ALLOWED or is_dtype:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # by which Python 3.11.2 pickles an enum
+            return get_member
         raise ValueError(f".metadata names {module}.{name}, which no checkpoint has: refused")
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from infra.provenance import digest_file
 from infra.safe_load import MetadataUnpickler
@@ -97,6 +97,26 @@ def test_names_that_only_look_like_torchs_own_are_refused():
             MetadataUnpickler(io.BytesIO()).find_class(module, name)
     assert MetadataUnpickler(io.BytesIO()).find_class("torch", "float32") is torch.float32
     assert MetadataUnpickler(io.BytesIO()).find_class(Metadata.__module__, "Metadata") is Metadata
+
+
+class ByGetattr:
+    """Pickled as Python 3.11.2 pickles a member of an enum."""
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_an_enum_is_read_as_any_python_writes_it_and_getattr_gives_nothing_else():
+    def load(*arguments):
+        return MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(*arguments)))).load()
+    for member in _MEM_FORMAT_ENCODING:
+        assert load(_MEM_FORMAT_ENCODING, member.name) is member
+    for arguments in ((_MEM_FORMAT_ENCODING, "__init__"), (Metadata, "__init__"),
+                      (torch.Size, "__class__")):
+        with pytest.raises(ValueError, match=".metadata calls getattr, which no checkpoint needs"):
+            load(*arguments)
 
 
 @pytest.mark.parametrize("name, content", [

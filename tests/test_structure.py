@@ -84,7 +84,7 @@ def test_a_state_is_always_typed():
 
 
 @pytest.mark.parametrize("paths, limit", [
-    (ALGORITHM[:1], 280), (ALGORITHM, 1250), (PRODUCT, 6551)],
+    (ALGORITHM[:1], 280), (ALGORITHM, 1250), (PRODUCT, 6560)],
     ids=["train_dapo.py", "the five files and their types", "all product code"])
 def test_the_code_stays_short(paths, limit):
     assert count_lines(*paths) <= limit
