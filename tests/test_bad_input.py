@@ -190,8 +190,15 @@ def test_a_risky_config_is_warned_about(start, capsys):
     )
 
 
-@pytest.mark.dapo
-def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch):
+@pytest.fixture
+def listens_to_ctrl_c():
+    """As a process in a terminal does; one that a script has put into the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_is_one_line(start, monkeypatch, listens_to_ctrl_c):
     def interrupt_twice(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
