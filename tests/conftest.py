@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless pytest is given --slow")
     config.addinivalue_line("markers", "house: guards this repository's own sizes, documents and "
-                            "forks; `-m \"not house\"` is for a fork of yours")
+                            "forks; `-m \"not house and not dapo\"` is for an edit of yours")
     config.addinivalue_line("markers", "dapo: states DAPO's own numbers, which another loss, "
                             "advantage or filter changes")
 
