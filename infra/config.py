@@ -48,11 +48,11 @@ def one_line_errors() -> Iterator[None]:
 def tell_launcher(message: str) -> str | int:
     """Give the launcher of several processes what its report of their end, which comes last, shall
     say of this one. Returns the argument of SystemExit: the message, which Python then prints; 1 on
-    other ranks, whose line is in that report; mostly it is the same on all."""
+    a machine's other ranks, whose line is in that report; mostly it is the same on all."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-            return message if os.environ.get("RANK", "0") == "0" else 1
+            return message if os.environ.get("LOCAL_RANK", "0") == "0" else 1
     return message
 
 
