@@ -62,7 +62,7 @@ def check_launch(num_processes: int) -> Iterator[str]:
     """Whether the launcher was asked for several processes and has started one."""
     with suppress(psutil.Error):  # another user's, or gone
         command = " ".join(psutil.Process().parent().cmdline())
-        asked = re.search(r"--num_process(?:es)?[ =](\d+)", command)
+        asked = re.search(r"--num[-_]processes[ =](\d+)", command)
         if asked and num_processes == 1 < int(asked[1]):
             yield (f"the launcher was asked for {asked[1]} processes and started one: without GPUs "
                    "it wants --multi_gpu too, or --config_file configs/accelerate_ddp.yaml")

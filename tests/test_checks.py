@@ -61,6 +61,7 @@ def test_a_prompt_beyond_the_embedding_is_one_line_before_the_first_step(start, 
 @pytest.mark.parametrize("command, processes, told", [
     ("accelerate launch --num_processes 2 train_dapo.py", 1, True),
     ("accelerate launch --num_processes=2 train_dapo.py", 1, True),
+    ("accelerate launch --num-processes 2 train_dapo.py", 1, True),
     ("accelerate launch --multi_gpu --num_processes 2 train_dapo.py", 2, False),
     ("accelerate launch --num_processes 1 train_dapo.py", 1, False), ("bash", 1, False)])
 def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_told(
